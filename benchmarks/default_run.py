@@ -1,0 +1,79 @@
+"""The default run of tree_grpo.py over several seeds, beside two controls that get the same wall time.
+
+    python benchmarks/default_run.py --seeds 0 1 2 3 4
+
+Arms: "Tree-GRPO" is `python tree_grpo.py --seed S`. "supervised" spends the time of the reinforcement learning on more
+supervised steps on the same kind of demonstrations instead. "shuffled" is Tree-GRPO with the advantages of each prompt
+dealt out at random among its leaves: as many tokens and steps, no information, so it must not learn.
+Prints a Markdown table of held-out success and its mean and standard deviation over the seeds.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import tree_grpo
+
+
+def run(*arguments) -> tuple[list[dict], float]:
+    """(rows of metrics.jsonl, seconds of wall time) of one run of the script."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        began = time.perf_counter()
+        tree_grpo.main(["--out", f"{folder}/run", *map(str, arguments)])
+        return tree_grpo.read_metrics(Path(folder, "run")), time.perf_counter() - began
+
+
+def shuffled(credit):
+    """credit() with each prompt's advantages dealt out at random among its leaves."""
+
+    def credit_shuffled(agent, step, groups):
+        rng = random.Random(step)
+        return [item._replace(advantages=rng.sample(item.advantages, len(item.advantages)))
+                for item in credit(agent, step, groups)]
+
+    return credit_shuffled
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to every run of tree_grpo.py")
+    options = parser.parse_args()
+    credit, results = tree_grpo.Agent.credit, {"Tree-GRPO": [], "supervised": [], "shuffled": []}
+    sft_steps = tree_grpo.Args().sft_steps
+    for seed in options.seeds:
+        fixed = ["--seed", seed, *options.arguments]
+        rows, wall = run(*fixed)
+        learning = sum(row["seconds"] for row in rows if row["event"] == "train")
+        results["Tree-GRPO"].append((rows, wall))
+        # what is not learning is the warm start and two evaluations; the warm start's share scales with its steps
+        more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
+        results["supervised"].append(run(*fixed, "--steps", 0, "--sft-steps", more))
+        tree_grpo.Agent.credit = shuffled(credit)
+        results["shuffled"].append(run(*fixed))
+        tree_grpo.Agent.credit = credit
+        print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] | {"wall": runs[-1][1]} for arm, runs in results.items()}}))
+    print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
+    for arm, runs in results.items():
+        columns = []
+        for seed, (rows, wall) in zip(options.seeds, runs):
+            evals = [row for row in rows if row["event"] == "eval"]
+            first = evals[0] if arm != "supervised" else results["Tree-GRPO"][len(columns)][0][0]  # the usual warm start
+            columns.append([first["success"], evals[-1]["success"], first["greedy_success"], evals[-1]["greedy_success"], wall])
+            print(f"| {arm} | {seed} | " + " | ".join(f"{x:.3f}" for x in columns[-1][:4]) + f" | {wall:.0f} |")
+        if len(columns) > 1:
+            spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in list(zip(*columns))[:4]]
+            print(f"| {arm} | mean ± std | {' | '.join(spread)} | {statistics.mean(c[4] for c in columns):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

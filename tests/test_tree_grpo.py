@@ -1,0 +1,530 @@
+"""Tree-GRPO's mathematics on hand-worked trees, the exactness of the sampler and of packed training, and the rollout."""
+
+import itertools
+import math
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import plain_logps, tiny_qwen
+
+import tree_grpo
+from tree_grpo import (
+    Lanes,
+    Node,
+    Packed,
+    Sample,
+    draw,
+    grpo_loss,
+    micro_batches,
+    packed_logps,
+    sample,
+    tree_advantages,
+    tree_rollout,
+    update,
+)
+
+
+# ------------------------------------------------------------------------------------------------- advantages, by hand
+def advantages(rewards, trees, **how):
+    return tree_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(trees), **how).tolist()
+
+
+def test_two_trees_of_three_leaves():
+    # M = 2, N = 2, L = 1: three leaves a tree. Rewards 1 0 0 | 1 1 0.
+    # Tree 1: mean 1/3, deviations 2/3 -1/3 -1/3, variance (4 + 1 + 1)/9 / 2 = 1/3, so z = 2/sqrt(3), -1/sqrt(3) twice.
+    # Tree 2: the mirror image: 1/sqrt(3) twice, -2/sqrt(3).
+    # All six: mean 1/2, deviations +-1/2, variance 6/4 / 5 = 0.3, so z = +-0.5 / sqrt(0.3).
+    s, e = 1 / math.sqrt(3), 0.5 / math.sqrt(0.3)
+    intra, inter = [2 * s, -s, -s, s, s, -2 * s], [e, -e, -e, e, e, -e]
+    rewards, trees = [1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]
+    assert advantages(rewards, trees, terms="intra") == pytest.approx(intra, abs=1e-5)
+    assert advantages(rewards, trees, terms="inter") == pytest.approx(inter, abs=1e-5)
+    assert advantages(rewards, trees) == pytest.approx([a + b for a, b in zip(intra, inter)], abs=1e-5)
+
+
+def test_order_of_the_leaves_does_not_matter():
+    straight = advantages([1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1])
+    mixed = advantages([1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0])
+    assert mixed == pytest.approx([straight[i] for i in (3, 0, 1, 4, 5, 2)], abs=1e-12)
+
+
+def test_two_rounds():
+    # M = 1, N = 1, L = 2: 1 + 1 * 2 = 3 leaves of one tree with rewards 1, 0.2, 0: mean 0.4, deviations 0.6 -0.2 -0.4,
+    # variance (0.36 + 0.04 + 0.16) / 2 = 0.28. With a single tree intra and inter are the same number, so A is twice it.
+    z = [d / math.sqrt(0.28) for d in (0.6, -0.2, -0.4)]
+    assert advantages([1, 0.2, 0], [7, 7, 7], terms="intra") == pytest.approx(z, abs=1e-5)
+    assert advantages([1, 0.2, 0], [7, 7, 7]) == pytest.approx([2 * x for x in z], abs=1e-5)
+
+
+def test_flat_tree_still_gets_the_inter_term():
+    # Tree 1 all right, tree 2 all wrong: within a tree there is nothing to compare (0), between them there is:
+    # mean 1/2, variance 4/4 / 3 = 1/3, z = +-0.5 * sqrt(3). The authors' code loses exactly this.
+    z = 0.5 * math.sqrt(3)
+    assert advantages([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx([z, z, -z, -z], abs=1e-5)
+    assert advantages([1, 1, 0, 0], [0, 0, 1, 1], terms="intra") == [0, 0, 0, 0]
+
+
+def test_all_equal_is_exactly_zero():
+    for dtype in (torch.float32, torch.float64):  # seven rewards of 3.7 in float32 have a standard deviation > 0
+        rewards = torch.full((7,), 3.7, dtype=dtype)
+        assert tree_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 2])).tolist() == [0.0] * 7
+
+
+def test_lone_leaves():
+    assert advantages([5.0], [0]) == [0.0]  # one leaf in all
+    # One leaf per tree: intra is 0 and what is left is GRPO. Rewards 1 0 0: mean 1/3, variance 1/3.
+    s = 1 / math.sqrt(3)
+    assert advantages([1, 0, 0], [0, 1, 2]) == pytest.approx([2 * s, -s, -s], abs=1e-5)
+    assert advantages([1, 0, 0], [0, 1, 2], terms="intra") == [0, 0, 0]
+    # A lone leaf beside a tree of two: 0 from intra, its share of inter. Rewards 1 | 1 0: intra of the pair +-1/sqrt(2).
+    h = 1 / math.sqrt(2)
+    assert advantages([1, 1, 0], [0, 1, 1]) == pytest.approx([s, s + h, -2 * s - h], abs=1e-5)
+
+
+def test_a_z_score_ignores_scale_and_shift():
+    rewards, trees = [1, 0.2, 0.8, 0.1, 0, 1], [0, 0, 0, 1, 1, 1]
+    scaled = advantages([3 * r - 7 for r in rewards], trees)
+    assert scaled == pytest.approx(advantages(rewards, trees), abs=1e-4)  # up to eps beside the std
+
+
+def test_against_plain_python_on_random_trees():
+    def z(values, eps):
+        n = len(values)
+        if n < 2 or max(values) == min(values):
+            return [0.0] * n
+        mean = math.fsum(values) / n
+        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+        return [(v - mean) / (std + eps) for v in values]
+
+    rng = random.Random(3)
+    for _ in range(1000):
+        n = rng.randint(1, 12)
+        rewards, trees = [rng.choice([0, 0.1, 0.2, 0.8, 1]) for _ in range(n)], [rng.randint(0, 3) for _ in range(n)]
+        eps = rng.choice([1e-6, 0.1])
+        expected = z(rewards, eps)
+        for tree in set(trees):
+            members = [i for i in range(n) if trees[i] == tree]
+            for i, value in zip(members, z([rewards[i] for i in members], eps)):
+                expected[i] += value
+        assert advantages(rewards, trees, eps=eps) == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "trees"),
+    [([1.0, 2.0], [0]), ([], []), ([1.0, float("nan")], [0, 0]), ([float("inf"), 0.0], [0, 0]), ([[1.0, 2.0]], [[0, 0]])],
+)
+def test_wrong_input_is_refused(rewards, trees):
+    with pytest.raises(ValueError):
+        tree_advantages(torch.tensor(rewards), torch.tensor(trees))
+
+
+def test_integer_rewards_and_dtypes():
+    assert tree_advantages(torch.tensor([1, 0]), torch.tensor([0, 0])).is_floating_point()
+    assert tree_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+def test_loss_by_hand():
+    # Two sequences of two and one sampled tokens; the pad holds nonsense that must not be read, forward or backward.
+    # Sequence 1, A = 2: ratios 1.5 (clipped to 1.2: 2.4) and 0.5 (min(1.0, 1.6) = 1.0): -(2.4 + 1.0) / 2 = -1.7.
+    # Sequence 2, A = -1: ratio 0.5: min(-0.5, -0.8) = -0.8, so +0.8. Sum: -0.9.
+    old = torch.log(torch.tensor([[0.2, 0.4], [0.4, 0.4]]))
+    logp = torch.log(torch.tensor([[0.3, 0.2], [0.2, 0.4]]))
+    logp[1, 1], old[1, 1] = float("nan"), float("inf")
+    logp.requires_grad_()
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, stats = grpo_loss(logp, old, None, torch.tensor([2.0, -1.0]), mask)
+    assert loss.item() == pytest.approx(-0.9, abs=1e-6)
+    assert {name: float(value) for name, value in stats.items()} == {"tokens": 3, "clipped": 2, "kl": 0}
+    loss.backward()
+    # Only sequence 1's second token has a gradient: -r A / 2 = -0.5 * 2 / 2. The two clipped ones have none.
+    assert torch.allclose(logp.grad, torch.tensor([[0.0, -0.5], [0.0, 0.0]]), atol=1e-6)
+
+
+def test_clips_are_separate():
+    logp = torch.log(torch.tensor([[3.0], [0.1]]))
+    loss, _ = grpo_loss(logp, torch.zeros(2, 1), None, torch.tensor([1.0, -1.0]), torch.ones(2, 1), 0.3, 0.9)
+    assert loss.item() == pytest.approx(-1.9 + 0.7, abs=1e-6)  # -min(3, 1.9), and -min(-0.1, -0.7)
+
+
+def test_kl_by_hand():
+    # p = log 0.5, q = log 0.25: exp(q - p) - (q - p) - 1 = 0.5 + log 2 - 1. Advantage 0, so the loss is beta times that.
+    logp, ref = torch.log(torch.tensor([[0.5]])).requires_grad_(), torch.log(torch.tensor([[0.25]]))
+    loss, stats = grpo_loss(logp, logp.detach(), ref, torch.zeros(1), torch.ones(1, 1), kl_coef=0.1)
+    assert loss.item() == pytest.approx(0.1 * (math.log(2) - 0.5), abs=1e-6)
+    assert stats["kl"].item() == pytest.approx(math.log(2) - 0.5, abs=1e-6)
+    loss.backward()
+    assert logp.grad.item() == pytest.approx(0.1 * 0.5, abs=1e-6)  # beta (1 - exp(q - p))
+    with pytest.raises(ValueError):
+        grpo_loss(logp, logp, None, torch.zeros(1), torch.ones(1, 1), kl_coef=0.1)
+
+
+def test_advantages_per_sequence_and_per_token():
+    torch.manual_seed(0)
+    logp, old, mask = torch.randn(3, 5), torch.randn(3, 5), torch.rand(3, 5) < 0.7
+    mask[1] = False  # a sequence without a sampled token contributes 0
+    A = torch.tensor([1.0, 2.0, -3.0])
+    per_sequence = grpo_loss(logp, old, None, A, mask)[0]
+    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A[:, None], mask)[0])
+    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A[:, None].expand(3, 5), mask)[0])
+    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A, mask.float())[0])
+    rest = grpo_loss(logp[[0, 2]], old[[0, 2]], None, A[[0, 2]], mask[[0, 2]])[0]
+    assert torch.allclose(per_sequence, rest)
+
+
+def test_proposition_3_1_direction():
+    # Binary rewards at one branch: the intra-tree gradient is w (grad log p(win) - grad log p(loss)), the direction of
+    # step-level DPO's gradient. Two children, so p(loss) = 1 - p(win) and the logit is the only parameter.
+    logits = torch.tensor([0.3, -0.4], requires_grad=True)
+    p = logits.softmax(-1)
+    expected_gain = p[0] * 1.0 + p[1] * 0.0  # gradient of the expected reward: p(1 - p) (grad log p_w - grad log p_l)
+    policy = torch.autograd.grad(expected_gain, logits, retain_graph=True)[0]
+    dpo = torch.autograd.grad(torch.nn.functional.logsigmoid(p[0].log() - p[1].log()), logits)[0]
+    assert torch.nn.functional.cosine_similarity(policy, dpo, 0).item() == pytest.approx(1, abs=1e-6)
+    grpo_logits = logits.detach().clone().requires_grad_()
+    logps = grpo_logits.log_softmax(-1)[:, None]  # both outcomes seen once: the intra z-scores are +-1/sqrt(2)
+    A = tree_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), terms="intra")
+    grpo_loss(logps, logps.detach(), None, A, torch.ones(2, 1))[0].backward()
+    assert torch.nn.functional.cosine_similarity(-grpo_logits.grad, policy, 0).item() == pytest.approx(1, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------- exactness of sampling and training
+def grow(model, generator, rng, prompts=(3, 17, 30), chains=4, top_p=1.0, temperature=1.0):
+    """Trees with observations of different lengths, forks at the root and inside, and a tool answer that is empty."""
+    roots, counts = [], Counter()
+    for n in prompts:
+        roots.append(Node())
+        roots[-1].add([rng.randrange(2, 50) for _ in range(n)])
+
+    def play(nodes):
+        limits = [rng.randrange(1, 40) for _ in nodes]
+        sample(model, nodes, limits, lambda tokens: tokens[-1] == 7, {1}, generator, temperature, top_p, counts)
+
+    first = [Node(root, tree=i) for root in roots for i in range(chains)]
+    play(first)
+    going = first[::2]
+    for node, n in zip(going, itertools.cycle([5, 0, 9, 1])):
+        node.add([rng.randrange(2, 50) for _ in range(n)])
+    second = [Node(node) for node in going]
+    play(second)
+    play([Node(node) for node in (roots[0], going[0], going[0], going[1], roots[2])])  # forks recompute nothing
+    for node in second[:2]:
+        node.add([3, 4])
+    play([Node(second[0]), Node(second[1]), Node(going[2])])  # one lane with an observation to take in, one without
+    return roots, counts
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_sampler_logps_are_those_of_a_plain_forward(architecture, dtype, tolerance):
+    model, plain = tiny_qwen(architecture, dtype)
+    roots, _ = grow(model, torch.Generator().manual_seed(0), random.Random(0))
+    leaves = [leaf for root in roots for leaf in root.leaves()]
+    assert len(leaves) > 12
+    for leaf in leaves:
+        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+        with torch.no_grad():
+            expected = plain_logps(plain, leaf.path())
+        assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+
+
+def test_logps_are_at_temperature_one_whatever_is_drawn():
+    model, plain = tiny_qwen("qwen2", torch.float64)
+    roots, _ = grow(model, torch.Generator().manual_seed(0), random.Random(0), temperature=0.7, top_p=0.9)
+    for leaf in (leaf for root in roots for leaf in root.leaves()):
+        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+        with torch.no_grad():
+            assert torch.allclose(torch.tensor(stored, dtype=torch.float64), plain_logps(plain, leaf.path()), atol=1e-6)
+
+
+def test_each_token_is_forwarded_once(architecture):
+    # Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else here has.
+    model, _ = tiny_qwen(architecture)
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0
+    seen = Counter()
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
+    rng, generator = random.Random(5), torch.Generator().manual_seed(5)
+    while True:  # a rollout in which the policy never draws token 0 either
+        seen.clear()
+        roots, counts = grow(model, generator, rng)
+        nodes = [node for root in roots for node in root.below()]
+        if all(0 not in node.tokens for node in nodes):
+            break
+    tokens = sum(len(node.tokens) for node in nodes)
+    leaves = sum(len(root.leaves()) for root in roots)
+    forwarded = seen.total() - seen[0]
+    assert forwarded == tokens - leaves == counts["forwarded_tokens"]  # but for the leaves' last tokens, all, and once
+    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
+    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
+    del seen[0]
+    assert seen == expected
+
+
+def test_finished_lanes_leave_the_batch():
+    model, _ = tiny_qwen("qwen2")
+    widths = []
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: widths.append(ids[0].shape[0]))
+    root = Node()
+    root.add([2, 3, 4])
+    nodes = [Node(root) for _ in range(16)]
+    sample(model, nodes, list(range(1, 17)), lambda tokens: False, set(), None, 1.0, 1.0, Counter())
+    assert [len(node.tokens) for node in nodes] == list(range(1, 17))
+    steps = widths[1:]  # the first is the prompt
+    assert steps[-1] == 1 and sum(steps) < 0.75 * 16 * len(steps)
+
+
+def test_long_observations_go_in_piece_by_piece(monkeypatch):
+    # With the limit on a score matrix lowered to a few columns there are more forwards, and the result is the same.
+    whole, calls, trees = Lanes.forward, [], []
+    monkeypatch.setattr(Lanes, "forward", lambda self, new: calls.append(max(map(len, new))) or whole(self, new))
+    for limit in (tree_grpo.SCORES, 2000):
+        monkeypatch.setattr(tree_grpo, "SCORES", limit)
+        model, _ = tiny_qwen("qwen2", torch.float64)
+        calls.append(0)
+        trees.append(grow(model, torch.Generator().manual_seed(0), random.Random(0))[0])
+    assert len(calls) - calls[1:].index(0) - 1 > calls[1:].index(0) + 1
+    for one, other in zip(*([node for root in roots for node in root.below()] for roots in trees)):
+        assert one.tokens == other.tokens
+        assert one.logps == pytest.approx(other.logps, abs=1e-9)
+
+
+def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put together."""
+    n, small, statistic, cells = sum(counts), [0, 0.0], 0.0, 0
+    for seen, p in zip(counts, probs.tolist()):
+        if n * p < 5:
+            small[0] += seen
+            small[1] += n * p
+        else:
+            statistic, cells = statistic + (seen - n * p) ** 2 / (n * p), cells + 1
+    if small[1] > 0:
+        statistic, cells = statistic + (small[0] - small[1]) ** 2 / small[1], cells + 1
+    return statistic, cells - 1
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])
+def test_draws_follow_the_policy(temperature, top_p):
+    # First tokens after the prompt, and first tokens of forks after a turn and its observation, 4000 each.
+    model, plain = tiny_qwen("qwen2", vocab_size=20)
+    generator, n = torch.Generator().manual_seed(1), 4000
+    root = Node()
+    root.add([2, 3, 4, 5, 6])
+
+    def first_tokens(parent):
+        nodes = [Node(parent) for _ in range(n)]
+        sample(model, nodes, [1] * n, lambda tokens: False, set(), generator, temperature, top_p, Counter())
+        return nodes
+
+    turn = Node(root)
+    sample(model, [turn], [6], lambda tokens: False, set(), generator, 1.0, 1.0, Counter())
+    turn.add([8, 9, 10])
+    for parent in (root, turn):
+        nodes = first_tokens(parent)
+        with torch.no_grad():
+            logits = plain(torch.tensor([[t for node in parent.path() for t in node.tokens]])).logits[0, -1]
+        probs = (logits / temperature).softmax(-1)
+        ranked = sorted(range(20), key=lambda i: -probs[i])
+        kept, total = [], 0.0
+        for i in ranked:  # the smallest set of most likely tokens that reaches top_p
+            if total >= top_p - 1e-9:
+                break
+            kept.append(i)
+            total += probs[i].item()
+        probs = torch.tensor([probs[i].item() / total if i in kept else 0.0 for i in range(20)])
+        counts = Counter(node.tokens[0] for node in nodes)
+        assert all(probs[token] > 0 for token in counts)
+        statistic, freedom = chi_square([counts[i] for i in range(20)], probs)
+        # Wilson-Hilferty: (X/k)^(1/3) is nearly normal; beyond 4 sigma is one seed in thirty thousand.
+        sigma = math.sqrt(2 / (9 * freedom))
+        assert ((statistic / freedom) ** (1 / 3) - 1 + sigma**2) / sigma < 4
+
+
+def test_greedy_and_top_p_edges():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.2], [0.1, 0.1, 0.8]]))
+    assert draw(logits, 0, 1.0, None).tolist() == [0, 2]
+    for _ in range(20):
+        assert draw(logits, 1.0, 0.5, None).tolist() == [0, 2]  # 0.5 is reached by the first token alone
+        assert draw(logits, 1.0, 1e-9, None).tolist() == [0, 2]  # at least one token always stays
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture, dtype, tolerance, checkpointing):
+    model, plain = tiny_qwen(architecture, dtype)
+    roots, _ = grow(model, torch.Generator().manual_seed(2), random.Random(2))
+    torch.manual_seed(3)
+    samples = []
+    for root in roots:  # not all leaves are kept: what lies below dropped ones alone must not matter
+        leaves = root.leaves()[:-1]
+        samples.append(Sample(root, leaves, list(torch.randn(len(leaves), dtype=dtype)), 1 / len(leaves) / len(roots)))
+
+    def shifted(logps):  # some old policy, some reference: fixed functions of the log-probs
+        return logps.detach() + 0.2 * torch.sin(9 * logps.detach()), 0.9 * logps.detach()
+
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+    packed = Packed(samples, "cpu")
+    unique = {node for item in samples for leaf in item.leaves for node in leaf.path()}
+    assert packed.ids.shape == (1, sum(len(node.tokens) for node in unique))
+    logps = packed_logps(model, packed)
+    loss = 0.0
+    for item, (index, mask) in zip(samples, packed.paths):
+        old, ref = shifted(logps[index])
+        loss = loss + item.weight * grpo_loss(logps[index], old, ref, torch.stack(item.advantages), mask, 0.1, 0.2, 0.3)[0]
+    loss.backward()
+
+    separate = 0.0
+    for item in samples:
+        for leaf, advantage in zip(item.leaves, item.advantages):
+            own = plain_logps(plain, leaf.path())
+            old, ref = shifted(own)
+            ratio, gap = (own - old).exp(), ref - own
+            gain = torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.2) * advantage) - 0.3 * (gap.exp() - gap - 1)
+            separate = separate - item.weight * gain.mean()
+    separate.backward()
+    assert loss.item() == pytest.approx(separate.item(), abs=tolerance)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, atol=tolerance * theirs.grad.abs().max().item(), rtol=0), name
+
+
+def test_chunked_head_gives_the_same_gradients(monkeypatch):
+    model, _ = tiny_qwen("qwen2", torch.float64)
+    roots, _ = grow(model, torch.Generator().manual_seed(2), random.Random(2))
+    packed = Packed([Sample(root, root.leaves(), [], 1.0) for root in roots], "cpu")
+    results = []
+    for vocab_size in (50, 2**23):  # chunks of 2^26 / vocabulary tokens: all at once, then 8 at a time
+        model.zero_grad()
+        model.config.vocab_size = vocab_size
+        logps = packed_logps(model, packed)
+        logps.sin().sum().backward()
+        results.append((logps.detach(), [p.grad.clone() for p in model.parameters()]))
+    (one, one_grads), (other, other_grads) = results
+    assert len(one) > 16 and torch.allclose(one, other, atol=1e-12)
+    assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one_grads, other_grads))
+
+
+def trained(model, samples, reference=None, **how):
+    args = SimpleNamespace(**{"kl_coef": 0.0, "micro_tokens": 10**6, "epochs": 1, "dtype": "float32", "clip_low": 0.2,
+                              "clip_high": 0.2, **how})
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return update(model, reference, optimizer, samples, args)
+
+
+def batch_of(seed=2, flat=False):
+    model, plain = tiny_qwen("qwen2", torch.float64)
+    roots, _ = grow(model, torch.Generator().manual_seed(seed), random.Random(seed))
+    torch.manual_seed(1)
+    samples = [Sample(r, r.leaves(), list(torch.randn(len(r.leaves())).double()), 1 / len(r.leaves()) / 3) for r in roots]
+    if flat:
+        samples[1] = samples[1]._replace(advantages=[torch.zeros((), dtype=torch.float64) for _ in samples[1].leaves])
+    return model, plain, samples
+
+
+def test_micro_batches_do_not_change_the_step():
+    (one, _, samples), (other, _, _) = batch_of(), batch_of()
+    assert [len(batch) for batch in micro_batches(samples, 10**6)] == [3]
+    assert [len(batch) for batch in micro_batches(samples, 1)] == [1, 1, 1]  # a tree is never split
+    whole, split = trained(one, samples), trained(other, samples, micro_tokens=1)
+    assert whole == pytest.approx(split, abs=1e-9)
+    assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(one.parameters(), other.parameters()))
+
+
+def test_flat_prompts_are_left_out_but_counted():
+    # Without KL a prompt whose advantages are all 0 has no gradient: skipping it changes nothing, since the weights 1/3
+    # are those of the whole step.
+    (model, _, samples), (other, _, _) = batch_of(flat=True), batch_of(flat=True)
+    seen = Counter()
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(n=ids[0].numel()))
+    trained(model, samples)
+    trained(other, [samples[0], samples[2]])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+    assert seen["n"] < sum(len(node.tokens) for item in samples for node in item.root.below())
+    nothing = trained(model, [samples[1]])
+    assert nothing["loss"] == nothing["grad_norm"] == 0
+
+
+def test_second_epoch_compares_with_the_policy_before_the_first():
+    model, _, samples = batch_of()
+    row = trained(model, samples, epochs=3, clip_low=1e-4, clip_high=1e-4)
+    assert row["clip_fraction"] > 0  # after the first step the ratio leaves so narrow a range
+    assert trained(*batch_of()[::2])["clip_fraction"] == 0
+    assert row["sampler_gap"] < 1e-5  # measured before any step
+
+
+def test_kl_to_the_reference_is_zero_at_the_start_and_grows():
+    model, _, samples = batch_of()
+    reference, _, _ = batch_of()
+    assert trained(model, samples, reference, kl_coef=0.1)["kl"] == pytest.approx(0, abs=1e-12)
+    assert trained(model, samples, reference, kl_coef=0.1)["kl"] > 1e-9
+
+
+def test_an_infinite_loss_stops_before_the_step():
+    model, _, samples = batch_of()
+    before = [p.detach().clone() for p in model.parameters()]
+    samples[0].advantages[0] = torch.tensor(float("inf"), dtype=torch.float64)
+    with pytest.raises(FloatingPointError):
+        trained(model, samples)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+# --------------------------------------------------------------------------------------------------------- the rollout
+def scripted(rng, lengths):
+    """A play() without a model: each branch gets a chain of steps, its length drawn from `lengths`."""
+    drawn = []
+
+    def play(starts):
+        drawn.append([(node, tree) for _, node, tree in starts])
+        for _, node, tree in starts:
+            for _ in range(rng.choice(lengths)):
+                node = Node(node, tree=tree)
+            node.reward = rng.random()
+
+    return play, drawn
+
+
+@pytest.mark.parametrize(("M", "N", "L"), [(2, 2, 1), (1, 3, 2), (3, 1, 2), (4, 0, 1), (4, 2, 0), (1, 0, 0)])
+def test_number_of_leaves(M, N, L):
+    rng = random.Random(0)
+    play, _ = scripted(rng, [1, 2, 3, 4])
+    groups = [(f"question {i}", Node()) for i in range(5)]
+    tree_rollout(play, groups, M, N, L, rng)
+    for _, root in groups:
+        leaves = root.leaves()
+        assert len(leaves) == M * (1 + N * L)
+        assert Counter(leaf.tree for leaf in leaves) == dict.fromkeys(range(M), 1 + N * L)
+        assert all(node.reward is None for node in root.below() if node.children)
+        for node in root.below()[1:]:  # a branch stays in the tree of the node it starts from
+            assert node.parent is root or node.parent.tree == node.tree
+
+
+def test_expanded_nodes_are_drawn_uniformly_and_are_no_leaves():
+    # A trunk of 4 steps: the root and 3 inner steps are drawn with 1/4 each, with replacement; the leaf never is.
+    counts, pairs = Counter(), Counter()
+    for seed in range(4000):
+        play, drawn = scripted(random.Random(seed), [4])
+        tree_rollout(play, [("question", Node())], 2, 2, 1, random.Random(seed))
+        for tree in range(2):
+            chosen = [node for node, of in drawn[1] if of == tree]
+            assert all(node.children and (node.tree == tree or node.parent is None) for node in chosen)
+            depths = [len(node.path()) - 1 for node in chosen]
+            counts.update(depths)
+            pairs[depths[0] == depths[1]] += 1
+    assert set(counts) == {0, 1, 2, 3}
+    statistic, freedom = chi_square([counts[i] for i in range(4)], torch.full((4,), 0.25))
+    assert freedom == 3 and statistic < 24  # beyond is one in forty thousand
+    assert abs(pairs[True] / 8000 - 0.25) < 0.02  # with replacement: the same node twice in a quarter of the draws
+
+
+def test_second_round_may_expand_what_the_first_added():
+    rng = random.Random(1)
+    found = False
+    for _ in range(50):
+        play, drawn = scripted(rng, [3])
+        tree_rollout(play, [("question", Node())], 1, 2, 2, rng)
+        trunk = set(drawn[1][0][0].path()[0].leaves()[0].path())
+        found = found or any(node not in trunk for node, _ in drawn[2])
+    assert found

@@ -1,0 +1,1047 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.8", "transformers>=5.0", "tqdm"]
+# ///
+"""Tree-GRPO: tree search for LLM agent reinforcement learning (ICLR 2026, arXiv 2509.21240), in one file.
+
+    python tree_grpo.py                                                a tiny Qwen learns to use a search tool, on a CPU
+    python tree_grpo.py --model Qwen/Qwen2.5-1.5B --data hotpot.json   a Qwen from the hub on HotpotQA, on one GPU
+
+Advantages (Eq. 6, 7): tree_advantages. Loss (Eq. 8): grpo_loss. Search: tree_rollout. Branches that share the KV of
+what they have in common: Lanes, sample. Training on each token of a tree once: Packed, packed_logps. The loop: train.
+Simplified: one process, one gradient step per epoch on a batch, a constant learning rate after its warm-up.
+"""
+
+import argparse
+import copy
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+import signal
+import string
+import sys
+import time
+import urllib.request
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+class BadInput(ValueError):
+    """What the user gave cannot be used; the script prints the message as one line and exits with status 2."""
+
+def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
+
+@dataclass
+class Args:
+    model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built and warm-started here)")
+    data: str = arg("", "HotpotQA, 2WikiMultihopQA or MuSiQue file (default: built-in questions)")
+    search_url: str = arg("", "Search-R1 compatible server, http://host:port/retrieve (default: BM25 over the data)")
+    method: str = arg("tree_grpo", "grpo: M independent chains, no expansion", choices=("tree_grpo", "grpo"))
+    advantage: str = arg("both", "terms of A_tree to use", choices=("both", "intra", "inter"))
+    M: int = arg(2, "independent chains per prompt, each the trunk of a tree", low=1)
+    N: int = arg(2, "nodes expanded per tree and round")
+    L: int = arg(1, "rounds of expansion")
+    K: int | None = arg(None, "leaves kept per tree, at random (default: all)", low=1)
+    steps: int = arg(60, "training steps")
+    prompts: int = arg(16, "prompts per step", low=1)
+    epochs: int = arg(1, "gradient steps per batch", low=1)
+    lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)
+    warmup: int = arg(10, "steps of linear learning rate warm-up")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    kl_coef: float = arg(0.001, "beta, weight of the KL to the starting model (0: no reference model)")
+    temperature: float = arg(1.0, "of the draws in training", low=1e-9)
+    top_p: float = arg(1.0, "nucleus of the draws in training", low=1e-9, high=1)
+    max_turns: int = arg(4, "agent steps per path, the answer included", low=1)
+    turn_tokens: int | None = arg(None, "most tokens the policy writes in a turn (default: 500; built-in: 32)", low=1)
+    info_tokens: int = arg(500, "most tokens of an observation", low=1)
+    topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
+    hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
+    hard: str = arg("anywhere", "where the built-in questions are hard", choices=("anywhere", "late"))
+    sft_steps: int = arg(250, "supervised steps that warm-start the built-in model")
+    eval_prompts: int = arg(200, "held-out questions (of --data at most a fifth)", low=1)
+    eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
+    save_every: int = arg(10, "steps between checkpoints", low=1)
+    micro_tokens: int = arg(16384, "most tokens per forward and backward (a prompt's tree is never split)", low=1)
+    grad_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = arg("auto", "of forward passes (auto: bfloat16 on CUDA)", choices=("auto", "float32", "bfloat16"))
+    seed: int = arg(0, "of everything random")
+    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    resume: str = arg("", "folder of a run to continue (--steps may be raised)")
+
+def parse_args(cls, argv: list[str]):
+    """Command line -> (an instance of the dataclass `cls`, the set of names given). Raises BadInput with one line."""
+    def fail(message):
+        raise BadInput(f"{message} (--help lists the arguments)")
+
+    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = fail
+    for f in dataclasses.fields(cls):
+        kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
+        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        low, high = cls.__dataclass_fields__[name].metadata["range"]
+        if not isinstance(value, str) and not low <= value <= high:
+            raise BadInput(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
+    return cls(**given), set(given)
+
+# --------------------------------------------------------------------------------------------- Tree-GRPO: the method
+def z_score(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / (std + eps) with the unbiased std, in float64; 0 for a lone value, or where all are equal."""
+    x = x.double()
+    if len(x) < 2 or x.min() == x.max():
+        return torch.zeros_like(x)
+    return (x - x.mean()) / (x.std() + eps)
+
+def tree_advantages(rewards: Tensor, tree_ids: Tensor, eps: float = 1e-6, terms: str = "both") -> Tensor:
+    """Advantage of each leaf of one prompt: A_tree = A_intra + A_inter (Tree-GRPO, Eq. 6 and 7).
+
+    A_intra is the z-score of a leaf's reward among the leaves of its own tree, A_inter among all of the prompt. A lone
+    leaf, or one among equal rewards, gets 0 from that term; so with one leaf per tree this is GRPO.
+    rewards, tree_ids: (G,), in any order; terms: "both", "intra" or "inter" (Table 4). Returns (G,), of the rewards'
+    dtype if that is floating. Raises ValueError on other shapes, no leaves, or a reward that is not finite.
+    """
+    if rewards.dim() != 1 or rewards.shape != tree_ids.shape or len(rewards) == 0:
+        raise ValueError(f"want two tensors (G,), G > 0, got {tuple(rewards.shape)} and {tuple(tree_ids.shape)}")
+    if not rewards.isfinite().all():
+        raise ValueError("rewards must be finite")
+    intra = torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
+    for tree in tree_ids.unique():
+        intra[tree_ids == tree] = z_score(rewards[tree_ids == tree], eps)
+    inter = z_score(rewards, eps)
+    dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
+    return {"both": intra + inter, "intra": intra, "inter": inter}[terms].to(dtype)
+
+def tree_rollout(play: Callable, groups: list[tuple], M: int, N: int, L: int, rng: random.Random) -> None:
+    """Tree-GRPO's search (section 3.2) below each root of `groups`, (question, root) pairs, all together.
+
+    1. M independent chains from each root, each the trunk of one tree. 2. L times: in each tree draw N of the nodes
+    that are not leaves, uniformly and with replacement, the root being one of them. 3. From each a new branch to the
+    end. So each root gets M (1 + N L) leaves; with N = 0 or L = 0 these are GRPO's independent chains. The function
+    play(starts) adds below each (question, node, tree) of `starts` a branch that ends in a leaf with a reward.
+    """
+    play([(question, root, tree) for question, root in groups for tree in range(M)])
+    for _ in range(L if N else 0):
+        play([(question, node, tree) for question, root in groups for tree in range(M) for node in
+              rng.choices([root, *(n for n in root.below()[1:] if n.children and n.tree == tree)], k=N)])
+
+# ------------------------------------------------------------------- the token tree, and sampling with shared KV
+@dataclass(eq=False)
+class Node:
+    """A run of tokens below one parent. A root is a prompt; in Tree-GRPO any other node is one agent step: thought,
+    action and observation. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
+
+    parent: "Node | None" = None
+    tokens: list[int] = field(default_factory=list)
+    sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
+    logps: list[float] = field(default_factory=list)  # the sampler's log-prob at temperature 1; 0 where not sampled
+    children: list["Node"] = field(default_factory=list)
+    tree: int = 0  # which of the prompt's trees, that is: from whose trunk it hangs
+    reward: float | None = None  # of a leaf
+    kv: Tensor | None = None  # (layers, 2, KV heads, tokens, head size)
+    hidden: Tensor | None = None  # (tokens, width), after the last norm; of a root the last token's only
+
+    def __post_init__(self):
+        if self.parent is not None:
+            self.parent.children.append(self)
+
+    def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None) -> None:
+        self.tokens += tokens
+        self.sampled += [sampled] * len(tokens)
+        self.logps += logps or [0.0] * len(tokens)
+
+    def path(self) -> list["Node"]:  # from the root to this node
+        return (self.parent.path() if self.parent else []) + [self]
+
+    def below(self) -> list["Node"]:  # this node and all under it, parents before children
+        return [self] + [node for child in self.children for node in child.below()]
+
+    def leaves(self) -> list["Node"]:
+        return [node for node in self.below() if not node.children]
+
+    @property
+    def cached(self) -> int:
+        return 0 if self.kv is None else self.kv.shape[-2]
+
+def length(nodes: list[Node]) -> int:
+    return sum(len(node.tokens) for node in nodes)
+
+def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
+    """The attention that transformers calls in each layer; `tree` comes through the model's keyword arguments."""
+    return tree(module.layer_idx, query, key, value, scaling), None
+
+def padded(rows: list[list], pad=0) -> list[list]:
+    width = max(map(len, rows))
+    return [row + [pad] * (width - len(row)) for row in rows]
+
+def full_precision(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+def prefill(model, roots: list[Node]) -> None:
+    """Compute the KV of each root's prompt, and the hidden state of its last token, in one batch."""
+    layers = []
+
+    def attend(layer, q, k, v, scaling):  # causal, so the padding on the right is never seen
+        layers.append(torch.stack([k, v]))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
+
+    ids = torch.tensor(padded([root.tokens for root in roots]), device=model.device)
+    hidden = model.model(ids, use_cache=False, tree=attend).last_hidden_state
+    for i, root in enumerate(roots):
+        root.kv = torch.stack([kv[:, i, :, : len(root.tokens)] for kv in layers])
+        root.hidden = hidden[i, len(root.tokens) - 1 :][:1].clone()
+
+SCORES = 2**28  # most elements of a score matrix in the sampler
+
+class Lanes:
+    """Branches in flight: a row per prompt, a lane per branch. It is itself the attention of every layer.
+
+    A prompt's KV is held once per row (`shared`); each lane has a block of its own (`own`) with its own length. A new
+    token attends to both: two score matrices, one softmax. Query heads are folded onto their KV head, so shared keys
+    are read once for all lanes of a row. A branch recomputes nothing: its block is copied from the nodes above it."""
+
+    def __init__(self, model, nodes: list[Node]):
+        self.model, rows = model, {}
+        for node in nodes:
+            rows.setdefault(node.path()[0], []).append(node)
+        self.set_grid(list(rows.values()))
+        paths = [node.path()[1:] if node else [] for node in self.grid]
+        self.length = [sum(node.cached for node in path) for path in paths]
+        self.new = [[t for node in path for t in node.tokens[node.cached :]] for path in paths]  # not forwarded so far
+        self.prompt = torch.tensor([root.cached for root in rows], device=model.device)
+        first, room = next(iter(rows)), max(self.length) + 32
+        layers, two, heads, _, size = first.kv.shape
+        self.shared = first.kv.new_zeros(layers, two, len(rows), heads, max(root.cached for root in rows), size)
+        self.own = first.kv.new_zeros(layers, two, len(paths), heads, room, size)
+        self.hidden = first.hidden.new_zeros(len(paths), room + 1, first.hidden.shape[-1])  # [b, j]: after j own tokens
+        self.hidden[:, 0] = torch.cat([root.hidden for root in rows]).repeat_interleave(self.W, 0)
+        for r, root in enumerate(rows):
+            self.shared[:, :, r, :, : root.cached] = root.kv
+        for b, path in enumerate(paths):
+            at = 0
+            for node in (node for node in path if node.cached):
+                at, start = at + node.cached, at
+                self.own[:, :, b, :, start:at], self.hidden[b, start + 1 : at + 1] = node.kv, node.hidden
+
+    def set_grid(self, rows: list[list]) -> None:
+        self.W, self.grid = max(map(len, rows)), [node for row in padded(rows, None) for node in row]
+
+    def forward(self, new: list[list[int]]) -> int:
+        """Run new[b], maybe nothing, through lane b. Returns how many tokens that were."""
+        (_, _, B, kv_heads, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
+        width, heads = max(map(len, new)), self.model.config.num_attention_heads
+        most = max(1, SCORES // (B * heads * (P + room + width)))
+        if width > most:  # long observations go in piece by piece
+            return sum(self.forward([tokens[i : i + most] for tokens in new]) for i in range(0, width, most))
+        start, count = torch.tensor([self.length, [len(tokens) for tokens in new]], device=device)[:, :, None]
+        self.length = [n + len(tokens) for n, tokens in zip(self.length, new)]
+        self.seen = max(self.length)
+        if self.seen >= room:  # the last slot is where pads are written, and is never read
+            room += self.seen
+            self.own, self.hidden = F.pad(self.own, (0, 0, 0, self.seen)), F.pad(self.hidden, (0, 0, 0, self.seen))
+        column, lane = torch.arange(width, device=device), torch.arange(B, device=device)[:, None]
+        slot = start + column
+        self.to = lane, torch.where(column < count, slot, room - 1)
+        later = torch.arange(self.seen, device=device) > slot.repeat(1, heads // kv_heads)[:, None, :, None]
+        beyond = torch.arange(P, device=device) >= self.prompt[:, None, None, None]
+        self.own_mask, self.shared_mask = (self.own.new_zeros(()).where(~m, -torch.inf) for m in (later, beyond))
+        position = slot + self.prompt.repeat_interleave(self.W, output_size=B)[:, None]
+        ids = torch.tensor(padded(new), device=device)
+        out = self.model.model(ids, position_ids=position, use_cache=False, tree=self)
+        self.hidden[lane, self.to[1] + 1] = out.last_hidden_state
+        return sum(map(len, new))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q: (lanes, heads, new, size), k and v: (lanes, KV heads, new, size). Returns (lanes, new, heads, size)."""
+        (B, H, n, D), h, W, P = q.shape, k.shape[1], self.W, self.shared.shape[-2]
+        for block, new in zip(self.own[layer], (k, v)):
+            block.transpose(1, 2)[self.to] = new.transpose(1, 2)
+        (shared_k, shared_v), (own_k, own_v) = self.shared[layer], self.own[layer, ..., : self.seen, :]
+        q = q.reshape(B // W, W, h, -1, D) * scaling  # rows, lanes, KV heads, (query heads of a KV head, new tokens)
+        shared = q.transpose(1, 2).flatten(2, 3) @ shared_k.mT + self.shared_mask
+        own = q.flatten(0, 1) @ own_k.mT + self.own_mask
+        scores = torch.cat([shared.unflatten(2, (W, -1)).transpose(1, 2), own.unflatten(0, (-1, W))], -1)
+        weights = full_precision(scores).softmax(-1).to(v.dtype)
+        shared = weights[..., :P].transpose(1, 2).flatten(2, 3) @ shared_v
+        own = weights[..., P:].flatten(0, 1) @ own_v
+        out = shared.unflatten(2, (W, -1)).transpose(1, 2) + own.unflatten(0, (-1, W))
+        return out.reshape(B, H, n, D).transpose(1, 2)
+
+    def store(self, b: int) -> None:
+        """Copy what lane b computed to its nodes, from which a later branch starts."""
+        at = 0
+        for node in self.grid[b].path()[1:]:
+            end = min(at + len(node.tokens), self.length[b])
+            if node.cached < end - at:
+                node.kv, node.hidden = self.own[:, :, b, :, at:end].clone(), self.hidden[b, at + 1 : end + 1].clone()
+            at = end
+
+    def shrink(self, live: list[int]) -> list[int]:
+        """Drop the lanes not in `live` if the batch gets a quarter smaller. Returns where the live ones are now."""
+        rows = {r: list(lanes) for r, lanes in itertools.groupby(live, lambda b: b // self.W)}
+        if len(rows) * max(map(len, rows.values())) > 0.75 * len(self.grid):
+            return live
+        kept = [b for row in padded(list(rows.values()), live[0]) for b in row]  # padded with copies that stay idle
+        self.own, self.hidden, self.length = self.own[:, :, kept], self.hidden[kept], [self.length[b] for b in kept]
+        self.shared, self.prompt = self.shared[:, :, list(rows)], self.prompt[list(rows)]
+        self.set_grid([[self.grid[b] for b in row] for row in rows.values()])
+        return [b for b, node in enumerate(self.grid) if node]
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """One token per row of logits (B, V): temperature first (0: the largest), then top-p. Returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that reaches top_p
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
+    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+
+@torch.no_grad()
+def sample(model, nodes: list[Node], limits: list[int], stop: Callable[[list[int]], bool], eos: set[int],
+           generator: torch.Generator | None, temperature: float, top_p: float, counts: Counter) -> None:
+    """Continue the path of each (new, empty) node, all together, until an end token, `stop(tokens)`, or its limit >= 1.
+    Tokens above it that have no KV yet (a turn's last token, the observation after it) go in first, in one forward;
+    the last token drawn is not forwarded. Adds to counts: forwarded_tokens, generated_tokens, entropy (sum of nats)."""
+    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
+    if roots:
+        prefill(model, roots)
+    lanes = Lanes(model, nodes)
+    counts["forwarded_tokens"] += length(roots) + (lanes.forward(lanes.new) if any(lanes.new) else 0)
+    limit = dict(zip(nodes, limits))
+    live = [b for b, node in enumerate(lanes.grid) if node]
+    while True:
+        logits = full_precision(model.lm_head(lanes.hidden[range(len(lanes.grid)), lanes.length]))
+        logps = logits.log_softmax(-1)
+        tokens = draw(logits, temperature, top_p, generator)
+        drawn = logps.gather(-1, tokens[:, None])[:, 0].tolist()
+        entropy, tokens, going = (-(logps.exp() * logps).sum(-1)).tolist(), tokens.tolist(), []
+        for b in live:
+            node = lanes.grid[b]
+            node.add([tokens[b]], True, [drawn[b]])
+            counts["generated_tokens"] += 1
+            counts["entropy"] += entropy[b]
+            if tokens[b] in eos or len(node.tokens) >= limit[node] or stop(node.tokens):
+                lanes.store(b)
+            else:
+                going.append(b)
+        if not going:
+            return
+        live = lanes.shrink(going)
+        new = [[] for _ in lanes.grid]
+        for b in live:
+            new[b] = lanes.grid[b].tokens[-1:]
+        counts["forwarded_tokens"] += lanes.forward(new)
+
+# ----------------------------------------------------------------------- training: one packed row per tree, the loss
+class Sample(NamedTuple):
+    """What a prompt gives to the loss: leaves below `root`, for each an advantage (one number, or one per sampled token
+    of its path), and the weight of the sum over these leaves."""
+
+    root: Node
+    leaves: list[Node]
+    advantages: list[Tensor]
+    weight: float
+
+class Packed:
+    """Trees as one row of their unique tokens. It is itself the attention of every layer.
+
+    A segment is a run of tokens without a branch. Its queries see the keys of its path, which are gathered for all
+    segments of like length in one batched call. Path slot j holds the token at position j: visible is j <= position."""
+
+    def __init__(self, samples: list[Sample], device):
+        tokens, position, parent, read, logps, segments, index = [], [], [], [], [], [], {}
+        for item in samples:
+            kept = {node for leaf in item.leaves for node in leaf.path()}
+            stack = [(item.root, [])]
+            while stack:
+                node, above = stack.pop()
+                start, children = len(tokens), [node]
+                while len(children) == 1:
+                    node = children[0]
+                    drawn = [j for j, sampled in enumerate(node.sampled) if sampled]
+                    index[node] = range(len(read), len(read) + len(drawn))
+                    read += [len(tokens) + j for j in drawn]
+                    logps += [node.logps[j] for j in drawn]
+                    tokens += node.tokens
+                    children = [child for child in node.children if child in kept]
+                own = list(range(start, len(tokens)))
+                path = above + own
+                position += range(len(above), len(path))
+                parent += [above[-1] if above else 0] + own[:-1]
+                segments.append((own, path))
+                stack += [(child, path) for child in children]
+        self.ids, self.position = torch.tensor([tokens], device=device), torch.tensor([position], device=device)
+        self.buckets, inverse = [], torch.zeros(len(tokens), dtype=torch.long)
+        segments.sort(key=lambda segment: len(segment[0]))
+        at = 0
+        while segments:  # those at least half as long as the longest share a call
+            width = len(segments[-1][0])
+            cut = sum(2 * len(own) < width for own, _ in segments)
+            segments, bucket = segments[:cut], segments[cut:]
+            for own, _ in bucket:
+                inverse[own[0] : own[-1] + 1] = torch.arange(at, at + len(own))
+                at += width
+            queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
+            keys = torch.tensor(padded([path for _, path in bucket]), device=device)
+            visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
+            self.buckets.append((queries, keys, visible))
+        self.inverse = inverse.to(device)
+        self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
+        self.read = torch.tensor([parent[t] for t in read], device=device)
+        self.sampler_logps = torch.tensor(logps, device=device)
+        self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
+        for item in samples:
+            rows = padded([[i for node in leaf.path() for i in index[node]] for leaf in item.leaves], -1)
+            rows = torch.tensor(rows, device=device)
+            self.paths.append((rows.clamp(min=0), rows >= 0))
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
+        H, D, h = q.shape[1], q.shape[3], k.shape[1]
+        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
+        out = []
+        for queries, keys, visible in self.buckets:
+            n, width = queries.shape
+            folded = q[queries].view(n, width, h, H // h, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
+            mask = visible.repeat(1, H // h, 1)[:, None]
+            ks, vs = k[keys].transpose(1, 2), v[keys].transpose(1, 2)
+            o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
+            out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
+        return torch.cat(out)[self.inverse][None]
+
+def packed_logps(model, packed: Packed) -> Tensor:
+    """Log-prob at temperature 1 of each sampled token of the packed trees, (tokens,): one forward over unique tokens. The
+    head runs only where a sampled token is predicted, in chunks that the backward pass computes again, so that (tokens x
+    vocabulary) logits never exist at once."""
+    hidden = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=packed).last_hidden_state
+
+    def logps(hidden, target):
+        return -F.cross_entropy(full_precision(model.lm_head(hidden)), target, reduction="none")
+
+    rows = max(1, 2**26 // model.config.vocab_size)
+    chunks = list(zip(hidden[0, packed.read].split(rows), packed.target.split(rows)))
+    if len(chunks) == 1:
+        return logps(*chunks[0])
+    return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
+
+def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
+              clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned: to be minimised).
+
+    Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(q - p) - (q - p) - 1), where
+    r = exp(logp - old_logp), p = logp, q = ref_logp. Returns the sum over sequences of the mean over each sequence's
+    own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
+    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
+    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, and a ValueError if kl_coef is not 0.
+    The statistics are sums over sampled tokens, detached, to be added up over calls: tokens, clipped (tokens whose
+    gradient the clip removes) and kl (nats).
+    """
+    if ref_logp is None and kl_coef:
+        raise ValueError("kl_coef needs ref_logp")
+    mask = mask.bool()
+    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
+    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
+    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    gap = (logp.detach() if ref_logp is None else ref_logp).sub(logp).masked_fill(~mask, 0)
+    kl = gap.exp() - gap - 1
+    loss = -torch.minimum(plain, clipped) + (kl_coef * kl if kl_coef else 0)
+    stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
+    return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
+
+def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
+    """Consecutive samples whose packed rows together have at most max_tokens tokens, or a single larger one."""
+    batches, room = [], -1
+    for item in samples:
+        size = length({node for leaf in item.leaves for node in leaf.path()})
+        batches, room = (batches, room) if size <= room else ([*batches, []], max_tokens)
+        batches[-1].append(item)
+        room -= size
+    return batches
+
+def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float]:
+    """One GRPO step per epoch on a batch. Returns loss, kl, clip_fraction, grad_norm, and sampler_gap: the mean distance
+    of the sampler's log-probs from the trainer's. Raises FloatingPointError before a step that would break weights."""
+    if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
+        samples = [item for item in samples if any(a.any() for a in item.advantages)]
+    batches = [(batch, Packed(batch, model.device)) for batch in micro_batches(samples, args.micro_tokens)]
+    old, ref, sums = [], [], Counter()
+    model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
+    for epoch in range(args.epochs if batches else 0):
+        for i, (batch, packed) in enumerate(batches):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+                logps, loss = packed_logps(model, packed), 0.0
+                if epoch == 0:  # no step taken yet, so these are the old policy's
+                    old.append(logps.detach())
+                    with torch.no_grad():
+                        ref.append(packed_logps(reference, packed) if reference else None)
+                    sums.update(gap=float((old[i] - packed.sampler_logps).abs().sum()), drawn=len(logps))
+            for item, (index, mask) in zip(batch, packed.paths):
+                A = torch.nn.utils.rnn.pad_sequence([a.reshape(-1) for a in item.advantages], True).to(logps.device)
+                part, stats = grpo_loss(logps[index], old[i][index], ref[i][index] if reference else None, A, mask,
+                                        args.clip_low, args.clip_high, args.kl_coef)
+                loss = loss + part * item.weight
+                sums.update({name: float(value) for name, value in stats.items()})
+            loss.backward()
+            sums["loss"] += float(loss.detach()) / args.epochs
+        sums["norm"] += (norm := float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))) / args.epochs
+        if not math.isfinite(sums["loss"] + norm):
+            raise FloatingPointError(f"loss {sums['loss']}, gradient norm {norm}")
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    tokens = max(1, sums["tokens"])
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
+            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / max(1, sums["drawn"])}
+
+# ----------------------------------------------------------------------------------------- the agent and its search tool
+class BM25:
+    """Okapi BM25 (k1 = 1.2, b = 0.75) over passages, pairs of title and text; words in lower case."""
+
+    def __init__(self, passages: list[tuple[str, str]]):
+        self.passages, self.found, lengths = passages, {}, []  # found: word -> (passage numbers, term frequencies)
+        for i, passage in enumerate(passages):
+            words = Counter(re.findall(r"\w+", " ".join(passage).lower()))
+            lengths.append(float(words.total()))
+            for word, n in words.items():
+                numbers, frequencies = self.found.setdefault(word, (array("q"), array("f")))
+                numbers.append(i)
+                frequencies.append(n)
+        self.scale = 1.2 * (0.25 + 0.75 * torch.tensor(lengths) / max(1, sum(lengths) / len(lengths)))
+
+    def top(self, query: str, k: int) -> list[tuple[str, str]]:
+        """The k best of the passages that share a word with the query, best first."""
+        scores = torch.zeros(len(self.passages))
+        for word in sorted(self.found.keys() & set(re.findall(r"\w+", query.lower()))):
+            numbers, tf = (torch.frombuffer(a, dtype=d) for a, d in zip(self.found[word], (torch.int64, torch.float32)))
+            rarity = math.log(1 + (len(scores) - len(numbers) + 0.5) / (len(numbers) + 0.5))
+            scores[numbers] += rarity * 2.2 * tf / (tf + self.scale[numbers])
+        best = scores.topk(min(k, len(scores)))
+        return [self.passages[i] for i, score in zip(best.indices.tolist(), best.values.tolist()) if score > 0]
+
+def show_passages(passages: list[tuple[str, str]]) -> str:
+    shown = [f"[{i}] {title}: {text}" if title else text for i, (title, text) in enumerate(passages, 1)]
+    return "\n".join(shown) or "nothing found"
+
+def ask_server(url: str, queries: list[str], topk: int, timeout: float = 20, tries: int = 3) -> list[str]:
+    """Query a Search-R1 compatible server, all queries in one request: an observation for each. Never raises: after
+    `tries` that fail, take too long or bring more than 64 KiB a query, the observations say that the search failed."""
+    body = json.dumps({"queries": queries, "topk": topk, "return_scores": True}).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    for attempt in range(tries):
+        time.sleep(0.5 * attempt)
+        try:
+            answer, deadline = b"", time.monotonic() + timeout
+            with urllib.request.urlopen(request, timeout=timeout) as reply:
+                while part := reply.read1(65536):
+                    answer += part
+                    if len(answer) > 65536 * (len(queries) + 1) or time.monotonic() > deadline:
+                        raise ValueError("the answer is too long or too slow")
+            texts = [[hit["document"]["contents"].partition("\n") for hit in hits] for hits in json.loads(answer)["result"]]
+            found = [[(head.strip('"'), rest) if rest else ("", head) for head, _, rest in hits[:topk]] for hits in texts]
+            return [show_passages(passages) for _, passages in zip(queries, found, strict=True)]
+        except Exception as error:  # noqa: BLE001 (whatever a server does, training goes on)
+            reason = f"{type(error).__name__}: {error}"
+    tqdm.write(f"search server {url}: {reason}", file=sys.stderr)
+    return ["the search failed, there are no results"] * len(queries)
+
+INSTRUCTION = """Answer the question. In each turn, first think between <think> and </think>. Then either look something
+up with <search> query </search>, and read in the next turn what was found, between <information> and </information>; or,
+as soon as you know it, answer in a few words and nothing else: <answer> Paris </answer>. You have {turns} turns.
+Question: """
+HINT = "that was no action : write <search> query</search> or <answer> answer</answer>"
+ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+WORDS = r"((?!</?(?:think|search|information|answer)>).)*"
+STEP = re.compile(rf"\s*<think>{WORDS}</think>\s*<(?P<action>search|answer)>{WORDS}</(?P=action)>\s*", re.DOTALL)
+
+def normalise(answer: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces: the usual normalisation of open-domain QA."""
+    answer = "".join(c for c in answer.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+def outcome_reward(turns: list[str], answers: list[str]) -> float:
+    """R(H) of a finished trajectory, from the texts of its turns: 1 for an exact match in a well-formed trajectory, 0.8
+    for one in a malformed, 0.2 for well-formed without a match, 0.1 for an answer without either, else 0."""
+    action = ACTION.search(turns[-1])
+    answered = action is not None and action[1] == "answer"
+    match = answered and normalise(action[2]) in map(normalise, answers)
+    steps = [STEP.fullmatch(turn) for turn in turns]
+    well_formed = all(steps) and [step["action"] for step in steps] == ["search"] * (len(turns) - 1) + ["answer"]
+    return (1.0 if well_formed else 0.8) if match else 0.2 if well_formed else 0.1 if answered else 0.0
+
+@dataclass
+class Question:
+    text: str
+    answers: list[str]  # the answer and its aliases
+    passages: BM25  # what a search looks into
+    start: str = ""  # of a built-in question: the entity it starts from,
+    relations: tuple[str, ...] = ()  # and the relations to follow from there
+
+class Agent:
+    """The policy with its tool: episodes of turns, many at a time; and what train() needs of the method."""
+
+    def __init__(self, model, tokenizer, args, training: list[Question], held_out: list[Question]):
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.training, self.held_out = training, held_out
+        eos = model.generation_config.eos_token_id
+        self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
+        self.piece = functools.cache(lambda token: tokenizer.decode([token]))
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def text(self, node: Node) -> str:
+        """What the policy wrote in this node."""
+        return self.tokenizer.decode([t for t, s in zip(node.tokens, node.sampled) if s], skip_special_tokens=True)
+
+    def stop(self, tokens: list[int]) -> bool:
+        """Does the last token complete a closing tag? The turn is decoded only where that token has a ">"."""
+        return ">" in self.piece(tokens[-1]) and bool(re.search("</(search|answer)>", self.tokenizer.decode(tokens)))
+
+    def root(self, question: Question) -> Node:
+        """A new root with the question's prompt. A model without chat template gets the built-in questions bare."""
+        template, context = self.tokenizer.chat_template, self.model.config.max_position_embeddings
+        text = INSTRUCTION.format(turns=self.args.max_turns) * bool(template or self.args.data) + question.text
+        if template:
+            chat = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        root = Node()
+        root.add(self.tokenizer(text, add_special_tokens=not template)["input_ids"])
+        if len(root.tokens) >= context:
+            raise BadInput(f"--model: its context of {context} tokens is too short for {question.text[:60]!r}; take another")
+        return root
+
+    def search(self, asked: list[tuple[Question, str]]) -> list[str]:
+        if self.args.search_url and asked:
+            return ask_server(self.args.search_url, [query for _, query in asked], self.args.topk)
+        return [show_passages(question.passages.top(query, self.args.topk)) for question, query in asked]
+
+    def observation(self, found: str) -> list[int]:
+        head, body, tail = map(self.encode, ("\n\n<information>", f" {found}", "</information>\n\n"))
+        return head + body[: max(0, self.args.info_tokens - len(head) - len(tail))] + tail
+
+    def play(self, starts: list[tuple[Question, Node, int]], generator, temperature: float, top_p: float, counts: Counter):
+        """For each (question, node, tree) a new branch below the node, played to its end, where it gets its reward. In
+        each turn all branches are sampled together, and all their searches made together."""
+        live = [(question, Node(node, tree=tree)) for question, node, tree in starts]
+        context = self.model.config.max_position_embeddings
+        while live:
+            nodes = [node for _, node in live]
+            limits = [min(self.args.turn_tokens, context - length(node.path())) for node in nodes]
+            sample(self.model, nodes, limits, self.stop, self.eos, generator, temperature, top_p, counts)
+            turns, live = [(q, node, ACTION.search(self.text(node))) for q, node in live], []
+            over = {node for _, node, action in turns  # answered, or no turn left
+                    if action and action[1] == "answer" or len(node.path()) > self.args.max_turns}
+            asked = [(q, action[2].strip()) for q, node, action in turns if action and node not in over]
+            found = iter(self.search(asked))
+            counts["tool_calls"] += len(asked)
+            for question, node, action in turns:
+                if node not in over:
+                    observation = self.observation(next(found) if action else HINT)
+                    if length(node.path()) + len(observation) < context:
+                        node.add(observation)
+                        live.append((question, Node(node, tree=node.tree)))
+                        continue
+                node.reward = outcome_reward([self.text(n) for n in node.path()[1:]], question.answers)
+
+    def rollout(self, step: int):
+        """The trees of one training step: ((question, root) pairs, what to log of them)."""
+        args, rng = self.args, random.Random(f"{self.args.seed}/{step}")
+        generator = torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
+        numbers, n = range(step * args.prompts, (step + 1) * args.prompts), len(self.training)
+        orders = {e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n) for e in {i // n for i in numbers if n}}
+        questions = [self.training[orders[i // n][i % n]] if n else make_question(rng, args.hops, args.hard, False)
+                     for i in numbers]  # each pass over the data in an order of its own
+        groups = [(question, self.root(question)) for question in questions]
+        counts = Counter(generated_tokens=0, forwarded_tokens=0, tool_calls=0, entropy=0.0)
+        tree_rollout(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), groups,
+                     args.M, args.N if args.method == "tree_grpo" else 0, args.L, rng)
+        for node in (node for _, root in groups for node in root.below()):
+            node.kv = node.hidden = None  # the sampler is done with it
+        rewards = torch.tensor([leaf.reward for _, root in groups for leaf in root.leaves()])
+        counts["entropy"] /= counts["generated_tokens"]
+        return groups, {"reward": rewards.mean().item(), "success": (rewards > 0.5).float().mean().item(), **counts}
+
+    def credit(self, step: int, groups) -> list[Sample]:
+        """K leaves of each tree, at random, with their advantages."""
+        rng, samples = random.Random(f"{self.args.seed}/{step}/keep"), []
+        for _, root in groups:
+            trees = [[leaf for leaf in root.leaves() if leaf.tree == tree] for tree in range(self.args.M)]
+            leaves = [leaf for tree in trees for leaf in rng.sample(tree, min(self.args.K or len(tree), len(tree)))]
+            rewards, ids = torch.tensor([leaf.reward for leaf in leaves]), torch.tensor([leaf.tree for leaf in leaves])
+            advantages = tree_advantages(rewards, ids, terms=self.args.advantage)
+            samples.append(Sample(root, leaves, list(advantages), 1 / len(leaves) / len(groups)))
+        return samples
+
+    def evaluate(self) -> dict[str, float]:
+        """Share of held-out questions answered by one chain each, at temperature 1 and greedily."""
+        row = {}
+        for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
+            generator, rewards = torch.Generator(self.model.device).manual_seed(0), []
+            for i in range(0, len(self.held_out), 128):
+                starts = [(question, self.root(question), 0) for question in self.held_out[i : i + 128]]
+                self.play(starts, generator, temperature, 1.0, Counter())
+                rewards += [root.leaves()[0].reward for _, root, _ in starts]
+            row[name] = sum(reward > 0.5 for reward in rewards) / len(rewards)
+        return row
+
+    def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
+        """("tree.md", Mermaid) of the first prompt whose leaves differ in reward (else the first): what the policy wrote,
+        rewards and advantages; green or red by the mean advantage of the leaves below, white where none was kept."""
+        mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.leaves}) > 1] or [0]
+        (question, root), item = groups[mixed[0]], samples[mixed[0]]
+        nodes, advantage = root.below(), dict(zip(item.leaves, map(float, item.advantages)))
+        lines = ["```mermaid", "flowchart TD"]
+        for i, node in enumerate(nodes):
+            words = " ".join((self.text(node) if i else question.text).split())[:160]
+            words = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in words)
+            below = [advantage[leaf] for leaf in node.leaves() if leaf in advantage]
+            color = "ccffcc" if sum(below) > 1e-6 else "ffcccc" if sum(below) < -1e-6 else "eeeeee" if below else "ffffff"
+            if node.reward is not None:
+                words += f"<br>R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
+            lines += [f'    n{i}["{words}"]', f"    style n{i} fill:#{color},color:#000"]
+            if i:
+                label = f"|tree {node.tree + 1}|" if node.parent is root else ""
+                lines.append(f"    n{nodes.index(node.parent)} -->{label} n{i}")
+        return "tree.md", "\n".join([*lines, "```", ""])
+
+# --------------------------------------------------------------------------------------------- tasks and models
+PEOPLE = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jane", "Kai", "Lena", "Max", "Nora", "Otto")
+CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Quito", "Tunis", "Bern", "Kyoto")
+RELATIONS = {  # of what, and what it gives
+    "mother": (PEOPLE, PEOPLE), "friend": (PEOPLE, PEOPLE), "teacher": (PEOPLE, PEOPLE), "birthplace": (PEOPLE, CITIES),
+    "home": (PEOPLE, CITIES), "mayor": (CITIES, PEOPLE), "founder": (CITIES, PEOPLE), "twin": (CITIES, CITIES),
+}
+
+def make_question(rng: random.Random, max_hops: int, hard: str, held_out: bool) -> Question:
+    """A question of 2 to max_hops hops over facts drawn for it alone, so there is nothing to remember. A fifth of all
+    question texts is held out. With hard = "late" the last fact names its present value, then three former ones."""
+    while True:
+        entity = start = rng.choice(PEOPLE + CITIES)
+        facts, relations, seen = {}, [], [entity]
+        for _ in range(rng.randint(2, max_hops)):
+            relations.append(rng.choice([r for r, (of, _) in RELATIONS.items() if entity in of and r not in relations]))
+            facts[relations[-1], entity] = rng.choice([e for e in RELATIONS[relations[-1]][1] if e not in seen])
+            entity = facts[relations[-1], entity]
+            seen.append(entity)
+        text = f"{'Where' if entity in CITIES else 'Who'} is the {' of the '.join(reversed(relations))} of {start}?"
+        if (random.Random(text).random() < 0.2) == held_out:
+            break
+    others = {kind: [e for e in kind if e not in seen] for kind in (PEOPLE, CITIES)}  # so that no search is ambiguous
+    for relation, of in list(facts):  # facts beside the way: another relation of each entity, each relation of another
+        beside = rng.choice([r for r, (kind, _) in RELATIONS.items() if of in kind and r != relation])
+        facts.setdefault((beside, of), rng.choice(others[RELATIONS[beside][1]]))
+        facts.setdefault((relation, rng.choice(RELATIONS[relation][0])), rng.choice(others[RELATIONS[relation][1]]))
+    passages = []
+    for (relation, of), value in sorted(facts.items(), key=lambda fact: rng.random()):
+        former = ", ".join(rng.sample([e for e in others[RELATIONS[relation][1]] if e != value], 3))
+        late = f", formerly {former}" if hard == "late" and relation == relations[-1] else ""
+        passages.append(("", f"the {relation} of {of} is {value}{late}"))
+    return Question(text, [entity], BM25(passages), start, tuple(relations))
+
+def demonstrate(question: Question, hard: str, rng: random.Random) -> list[tuple[str, str]]:
+    """The turns of an imperfect agent, each with what its search finds ("" after the answer): after a search it rather
+    stops and answers with what it has, and sometimes it asks for a wrong relation; in the late task it takes a former
+    value rather than the present one. So after imitation the likeliest behaviour is wrong, for reward to correct."""
+    turns, values = [], [question.start]
+    for relation in question.relations:
+        if hard == "anywhere" and turns and rng.random() < 0.6:
+            break
+        if hard == "anywhere" and rng.random() < 0.15:
+            relation = rng.choice([r for r in RELATIONS if r != relation])
+        query = f"{relation} of {values[0]}"
+        found = question.passages.top(query, 1)[0][1]
+        turns.append((f"<think> next {relation}</think><search> {query}</search>", found))
+        values = found.partition(" is ")[2].replace("formerly ", "").split(", ")
+    value = rng.choices(values, [2, 4, 2, 2])[0] if len(values) == 4 else values[0]
+    return [*turns, (f"<think> done</think><answer> {value}</answer>", "")]
+
+def read_questions(path: str) -> list[Question]:
+    """HotpotQA and 2WikiMultihopQA (JSON lists), MuSiQue (JSON lines; its unanswerable questions are left out), told
+    apart by a record's fields. A search looks into all passages of the file. BadInput names the file and the line."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a data file") from None
+    found, pool, line, at, end = [], {}, 1, 0, len(text)
+    if text.lstrip()[:1] == "[":
+        at, end = text.index("[") + 1, len(text) - text.endswith("]")
+    try:
+        while (start := re.compile(r"[\s,]*").match(text, at).end()) < end:  # record by record, to know their lines
+            line = 1 + text.count("\n", 0, start) if not pool else line + text.count("\n", at, start)
+            record, next_at = json.JSONDecoder().raw_decode(text, start)
+            if "paragraphs" in record:
+                passages = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
+            else:
+                passages = [(title, " ".join(s.strip() for s in sentences)) for title, sentences in record["context"]]
+            answers = [record["answer"], *record.get("answer_aliases", [])]
+            if not passages or not all(isinstance(t, str) for t in [record["question"], *answers, *sum(passages, ())]):
+                raise TypeError
+            pool.update(dict.fromkeys(passages))
+            found += [(record["question"], answers)] if record.get("answerable", True) else []
+            at, line = next_at, line + text.count("\n", start, next_at)
+        if end == len(text) and text.lstrip()[:1] == "[":
+            raise json.JSONDecodeError("the list is not closed", text, end)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # ValueError: not valid JSON, too
+        raise BadInput(f"--data {path}, line {getattr(error, 'lineno', line)}: no whole record of HotpotQA, 2WikiMultihopQA "
+                       "(question, answer, context) or MuSiQue (question, answer, paragraphs)") from None
+    if len(found) < 2:
+        raise BadInput(f"--data {path}: {len(found)} questions in it; it takes two, one to train on and one to hold out")
+    index = BM25(list(pool))
+    return [Question(question, answers, index) for question, answers in found]
+
+def task(args) -> tuple[list[Question], list[Question]]:
+    """Questions (to train on, held out); none to train on for the built-in task, which makes new ones at every step."""
+    rng = random.Random(0)  # the same held-out questions for every seed
+    if not args.data:
+        return [], [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
+    questions = read_questions(args.data)
+    rng.shuffle(questions)
+    cut = min(args.eval_prompts, max(1, len(questions) // 5))
+    return questions[cut:], questions[:cut]
+
+def load_model(path: str, device: torch.device):
+    """Model, its attention being token_tree, and tokenizer, from a hub id or a folder. Raises BadInput with one line."""
+    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    AttentionInterface.register("token_tree", token_tree)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="token_tree")
+    except Exception as error:  # noqa: BLE001 (no such folder, no weights, no network, an unknown architecture ...)
+        raise BadInput(f"--model {path}: no model and tokenizer to be loaded there ({str(error)[:150]})") from None
+    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        raise BadInput(f"--model {path}: not all its layers are full attention; take a Qwen2, Qwen2.5 or Qwen3")
+    return model.to(device).eval(), tokenizer
+
+def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
+    """A Qwen2 of 0.4M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    tokenizer = Qwen2Tokenizer({t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, [])
+    tokenizer.add_tokens(tokens)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.08,  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
+    )
+    torch.manual_seed(seed)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
+    """Supervised steps on demonstrations, paths from root to leaf: imitation is the policy gradient with advantage 1."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
+    for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
+        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
+        batch = paths[step :: args.sft_steps]
+        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / len(batch)) for path in batch]
+        update(model, None, optimizer, samples, args)
+
+def built_in_model(args, device: torch.device, folder: Path):
+    """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
+    words = [*RELATIONS, *PEOPLE, *CITIES, *re.findall(r"\w+", f"is the of next done formerly nothing found {HINT}")]
+    tags = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+    save_tiny_model(folder, [f" {word}" for word in words] + ["Who", "Where", "\n\n", *tags], args.seed)
+    model, tokenizer = load_model(str(folder), device)
+    agent, rng, paths = Agent(model, tokenizer, args, [], []), random.Random(f"{args.seed}/demonstrations"), []
+    for _ in range(32 * args.sft_steps):
+        question = make_question(rng, args.hops, args.hard, False)
+        node = agent.root(question)
+        for text, found in demonstrate(question, args.hard, rng):
+            node = Node(node)
+            node.add(agent.encode(text), sampled=True)
+            node.add(agent.observation(found) if found else [])
+        paths.append(node.path())
+    warm_start(model, paths, args)
+    model.save_pretrained(folder)
+    return model, tokenizer
+
+# -------------------------------------------------------------------------------------------------- the training loop
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one. Raises BadInput if it cannot be used."""
+    try:
+        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        return torch.zeros(1, device=device).device
+    except Exception:  # noqa: BLE001 (each backend fails in its own way)
+        raise BadInput(f"--device {name}: not to be had here; try cpu, or leave it out") from None
+
+def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
+    """The state after `step` steps, written to a temporary name and renamed; older ones go. All that is random and the
+    place in the data follow from the seed and the step, so the step is all there is to save of them."""
+    folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    state = {"script": Path(__file__).name, "step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
+    torch.save(state, temporary / "state.pt")
+    temporary.rename(folder)
+    for old in set(out.glob("checkpoint-*")) - {folder}:
+        shutil.rmtree(old)
+
+def resume_run(args, given: set[str]):
+    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). Raises BadInput with one line."""
+    try:
+        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        script, step, saved = state["script"], state["step"], state["args"]
+    except Exception:  # noqa: BLE001 (there is none, or it fails in one of many ways)
+        raise BadInput(f"--resume {args.resume}: no whole checkpoint there; give the folder of an earlier run") from None
+    if script != Path(__file__).name:
+        raise BadInput(f"--resume {args.resume}: this is a run of {script}; continue it with that script")
+    run = {**saved, "out": args.resume, "resume": args.resume}
+    run.update({name: getattr(args, name) for name in given & {"steps", "device"}})
+    if differs := [name for name in sorted(given) if getattr(args, name) != run[name]]:
+        raise BadInput(f"--{differs[0].replace('_', '-')}: this run was started with {run[differs[0]]!r}; leave it out")
+    if run["steps"] < step:
+        raise BadInput(f"--steps {run['steps']}: the run has made {step} steps already; give at least that many")
+    return type(args)(**run), str(folder), state
+
+def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
+    """The rows of metrics.jsonl up to a step, without a line that a killed run left unfinished."""
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= last_step]
+
+def train(args, state: dict | None, model, policy, reference, tokenizer, rollout, credit, evaluate, picture) -> None:
+    """The loop of all three scripts; what a method does in its own way comes in as functions: rollout(step) -> (groups,
+    what to log), credit(step, groups) -> samples for the loss, evaluate() -> what to log, picture(groups, samples) ->
+    (file name, Mermaid). `policy` samples: `model` itself, or its copy in bfloat16. `state` is a checkpoint's, or None for
+    a new run. Ctrl-C finishes the step, saves and exits; a second one exits at once."""
+    out, first, interrupts = Path(args.out), state["step"] if state else 0, []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
+        with open(out / name, mode) as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def measure(step: int) -> None:
+        row = {"event": "eval", "step": step, **evaluate()}
+        log(row)
+        tqdm.write(f"step {step}: held-out success {row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy")
+
+    def interrupt(number, frame):
+        interrupts.append(number)
+        if len(interrupts) > 1:
+            raise KeyboardInterrupt
+
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+        log(*read_metrics(out, first), name="metrics.tmp", mode="w")
+        (out / "metrics.tmp").replace(out / "metrics.jsonl")
+    else:
+        measure(0)
+        save_checkpoint(out, 0, model, tokenizer, optimizer, args)
+    before = signal.signal(signal.SIGINT, interrupt)
+    bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        groups, row = rollout(step)
+        samples = credit(step, groups)
+        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        try:
+            row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
+        except FloatingPointError as error:
+            raise SystemExit(f"stopped before step {step + 1}: {error}; {out} has the last checkpoint, try a lower --lr")
+        if policy is not model:
+            for copied, master in zip(policy.parameters(), model.parameters()):
+                copied.data.copy_(master.data)
+        row.update(lr=lr, seconds=time.perf_counter() - began)
+        log(row)
+        name, text = picture(groups, samples)
+        (out / name).write_text(text)
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, {row['generated_tokens'] / row['seconds']:.0f} tokens/s")
+        last = step + 1 == args.steps
+        if last or args.eval_every and (step + 1) % args.eval_every == 0:
+            measure(step + 1)
+        if last or interrupts or (step + 1) % args.save_every == 0:
+            save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
+        if interrupts and not last:
+            print(f"\nstopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
+            raise SystemExit(130)
+    signal.signal(signal.SIGINT, before)
+    model.save_pretrained(out / "final")
+    tokenizer.save_pretrained(out / "final")
+
+def summary(out: Path, *counted: str) -> str:
+    """The closing lines of a run, from its metrics; `counted` are the columns to add up."""
+    evals, steps = ([row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train"))
+    table = [f"{'held-out success':20}{'before':>8}{'after':>8}"]
+    for words, name in (("sampled (T = 1)", "success"), ("greedy", "greedy_success")):
+        table.append(f"{words:20}{evals[0][name]:8.3f}{evals[-1][name]:8.3f}")
+    totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
+    return "\n".join([*table, f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s, {out / 'final'}"])
+
+def main(argv: list[str]) -> None:
+    args, given = parse_args(Args, argv)
+    folder, state = args.model, None
+    if args.resume:
+        args, folder, state = resume_run(args, given)
+    elif args.out and Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
+        raise BadInput(f"--out {args.out}: exists and is not an empty folder; choose another, or --resume it")
+    if args.search_url and not args.data:
+        raise BadInput("--search-url: the built-in questions bring their own facts; give --data as well")
+    device = pick_device(args.device)
+    out = Path(args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    args.lr = args.lr or (1e-6 if args.model else 5e-4)
+    args.topk = args.topk or (3 if args.data else 1)
+    args.turn_tokens = args.turn_tokens or (500 if args.data else 32)
+    args.out = str(out)
+    training, held_out = task(args)
+    if folder:
+        model, tokenizer = load_model(folder, device)
+        agent = Agent(model, tokenizer, args, training, held_out)
+        for question in training + held_out:
+            agent.root(question)  # raises BadInput if a prompt does not fit
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
+    if not folder:
+        model, tokenizer = built_in_model(args, device, out / "start")
+    if args.grad_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
+    policy = model if args.dtype == "float32" else copy.deepcopy(model).to(torch.bfloat16)
+    agent = Agent(policy, tokenizer, args, training, held_out)
+    train(args, state, model, policy, reference, tokenizer, agent.rollout, agent.credit, agent.evaluate, agent.picture)
+    print(summary(out, "generated_tokens", "forwarded_tokens", "tool_calls"))
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except BadInput as error:
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
