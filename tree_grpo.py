@@ -8,9 +8,8 @@
     python tree_grpo.py --model Qwen/Qwen2.5-1.5B --data hotpot.json   a Qwen from the hub on HotpotQA, on one GPU
 
 Advantages (Eq. 6, 7): tree_advantages. Loss (Eq. 8): grpo_loss. Search: tree_rollout. Branches that share the KV of
-what they have in common: Lanes, sample. Training on each token of a tree once: Packed, packed_logps. The loop: train.
-Simplified: one process, one gradient step per epoch on a batch, a constant learning rate after its warm-up.
-"""
+what they have in common: Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. The loop: train.
+Left out: several processes, several gradient steps per epoch, learning rate schedules but for the warm-up."""
 
 import argparse
 import copy
@@ -29,7 +28,6 @@ import time
 import urllib.request
 from array import array
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +42,6 @@ from tqdm import tqdm
 # ---------------------------------------------------------------------------------------------------------- arguments
 class BadInput(ValueError):
     """What the user gave cannot be used; the script prints the message as one line and exits with status 2."""
-
 def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple | None = None):
     return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
 
@@ -92,8 +89,7 @@ def parse_args(cls, argv: list[str]):
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
 
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
         kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
@@ -134,14 +130,12 @@ def tree_advantages(rewards: Tensor, tree_ids: Tensor, eps: float = 1e-6, terms:
     dtype = rewards.dtype if rewards.is_floating_point() else torch.get_default_dtype()
     return {"both": intra + inter, "intra": intra, "inter": inter}[terms].to(dtype)
 
-def tree_rollout(play: Callable, groups: list[tuple], M: int, N: int, L: int, rng: random.Random) -> None:
-    """Tree-GRPO's search (section 3.2) below each root of `groups`, (question, root) pairs, all together.
-
-    1. M independent chains from each root, each the trunk of one tree. 2. L times: in each tree draw N of the nodes
-    that are not leaves, uniformly and with replacement, the root being one of them. 3. From each a new branch to the
-    end. So each root gets M (1 + N L) leaves; with N = 0 or L = 0 these are GRPO's independent chains. The function
-    play(starts) adds below each (question, node, tree) of `starts` a branch that ends in a leaf with a reward.
-    """
+def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.Random) -> None:
+    """Tree-GRPO's search (section 3.2) below each root of `groups`, (question, root) pairs, all together. M independent
+    chains from each root are the trunks of its trees; then L times, in each tree N of the nodes that are not leaves are
+    drawn, uniformly and with replacement, the root being one of them, and each gets a new branch: M (1 + N L) leaves.
+    With N = 0 or L = 0 these are GRPO's chains. play(starts) adds below each (question, node, tree) a branch that ends
+    in a leaf with a reward."""
     play([(question, root, tree) for question, root in groups for tree in range(M)])
     for _ in range(L if N else 0):
         play([(question, node, tree) for question, root in groups for tree in range(M) for node in
@@ -152,7 +146,6 @@ def tree_rollout(play: Callable, groups: list[tuple], M: int, N: int, L: int, rn
 class Node:
     """A run of tokens below one parent. A root is a prompt; in Tree-GRPO any other node is one agent step: thought,
     action and observation. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
-
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
@@ -189,7 +182,7 @@ def length(nodes: list[Node]) -> int:
     return sum(len(node.tokens) for node in nodes)
 
 def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
-    """The attention that transformers calls in each layer; `tree` comes through the model's keyword arguments."""
+    """The attention that transformers calls in each layer; `tree` is handed through the model's keyword arguments."""
     return tree(module.layer_idx, query, key, value, scaling), None
 
 def padded(rows: list[list], pad=0) -> list[list]:
@@ -202,19 +195,16 @@ def full_precision(x: Tensor) -> Tensor:
 def prefill(model, roots: list[Node]) -> None:
     """Compute the KV of each root's prompt, and the hidden state of its last token, in one batch."""
     layers = []
-
     def attend(layer, q, k, v, scaling):  # causal, so the padding on the right is never seen
         layers.append(torch.stack([k, v]))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
-
     ids = torch.tensor(padded([root.tokens for root in roots]), device=model.device)
     hidden = model.model(ids, use_cache=False, tree=attend).last_hidden_state
     for i, root in enumerate(roots):
         root.kv = torch.stack([kv[:, i, :, : len(root.tokens)] for kv in layers])
         root.hidden = hidden[i, len(root.tokens) - 1 :][:1].clone()
 
-SCORES = 2**28  # most elements of a score matrix in the sampler
-
+MOST_SCORES = 2**28  # elements of a score matrix in the sampler
 class Lanes:
     """Branches in flight: a row per prompt, a lane per branch. It is itself the attention of every layer.
 
@@ -252,7 +242,7 @@ class Lanes:
         """Run new[b], maybe nothing, through lane b. Returns how many tokens that were."""
         (_, _, B, kv_heads, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
         width, heads = max(map(len, new)), self.model.config.num_attention_heads
-        most = max(1, SCORES // (B * heads * (P + room + width)))
+        most = max(1, MOST_SCORES // (B * heads * (P + room + width)))
         if width > most:  # long observations go in piece by piece
             return sum(self.forward([tokens[i : i + most] for tokens in new]) for i in range(0, width, most))
         start, count = torch.tensor([self.length, [len(tokens) for tokens in new]], device=device)[:, :, None]
@@ -321,7 +311,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
     return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 @torch.no_grad()
-def sample(model, nodes: list[Node], limits: list[int], stop: Callable[[list[int]], bool], eos: set[int],
+def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
            generator: torch.Generator | None, temperature: float, top_p: float, counts: Counter) -> None:
     """Continue the path of each (new, empty) node, all together, until an end token, `stop(tokens)`, or its limit >= 1.
     Tokens above it that have no KV yet (a turn's last token, the observation after it) go in first, in one forward;
@@ -335,6 +325,8 @@ def sample(model, nodes: list[Node], limits: list[int], stop: Callable[[list[int
     live = [b for b, node in enumerate(lanes.grid) if node]
     while True:
         logits = full_precision(model.lm_head(lanes.hidden[range(len(lanes.grid)), lanes.length]))
+        if not logits.isfinite().all():
+            raise FloatingPointError("the policy's logits are not finite")
         logps = logits.log_softmax(-1)
         tokens = draw(logits, temperature, top_p, generator)
         drawn = logps.gather(-1, tokens[:, None])[:, 0].tolist()
@@ -360,7 +352,6 @@ def sample(model, nodes: list[Node], limits: list[int], stop: Callable[[list[int
 class Sample(NamedTuple):
     """What a prompt gives to the loss: leaves below `root`, for each an advantage (one number, or one per sampled token
     of its path), and the weight of the sum over these leaves."""
-
     root: Node
     leaves: list[Node]
     advantages: list[Tensor]
@@ -434,14 +425,12 @@ class Packed:
         return torch.cat(out)[self.inverse][None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
-    """Log-prob at temperature 1 of each sampled token of the packed trees, (tokens,): one forward over unique tokens. The
-    head runs only where a sampled token is predicted, in chunks that the backward pass computes again, so that (tokens x
-    vocabulary) logits never exist at once."""
+    """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), by one forward over unique tokens.
+    The head runs only where a sampled token is predicted, in chunks that the backward pass computes again, so that
+    (tokens x vocabulary) logits never exist at once."""
     hidden = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=packed).last_hidden_state
-
     def logps(hidden, target):
         return -F.cross_entropy(full_precision(model.lm_head(hidden)), target, reduction="none")
-
     rows = max(1, 2**26 // model.config.vocab_size)
     chunks = list(zip(hidden[0, packed.read].split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -456,10 +445,9 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     r = exp(logp - old_logp), p = logp, q = ref_logp. Returns the sum over sequences of the mean over each sequence's
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
-    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, and a ValueError if kl_coef is not 0.
-    The statistics are sums over sampled tokens, detached, to be added up over calls: tokens, clipped (tokens whose
-    gradient the clip removes) and kl (nats).
-    """
+    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, and a ValueError if kl_coef is not 0. The
+    statistics are detached sums over sampled tokens, to be added up over calls: tokens, clipped (those whose gradient
+    the clip removes), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
@@ -484,7 +472,7 @@ def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
     return batches
 
 def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float]:
-    """One GRPO step per epoch on a batch. Returns loss, kl, clip_fraction, grad_norm, and sampler_gap: the mean distance
+    """One GRPO step per epoch on a batch. Returns loss, kl, clip_fraction, grad_norm and sampler_gap, the mean distance
     of the sampler's log-probs from the trainer's. Raises FloatingPointError before a step that would break weights."""
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
         samples = [item for item in samples if any(a.any() for a in item.advantages)]
@@ -518,10 +506,9 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
     return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
             "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / max(1, sums["drawn"])}
 
-# ----------------------------------------------------------------------------------------- the agent and its search tool
+# ---------------------------------------------------------------------------------------- the agent and its search tool
 class BM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over passages, pairs of title and text; words in lower case."""
-
     def __init__(self, passages: list[tuple[str, str]]):
         self.passages, self.found, lengths = passages, {}, []  # found: word -> (passage numbers, term frequencies)
         for i, passage in enumerate(passages):
@@ -537,40 +524,40 @@ class BM25:
         """The k best of the passages that share a word with the query, best first."""
         scores = torch.zeros(len(self.passages))
         for word in sorted(self.found.keys() & set(re.findall(r"\w+", query.lower()))):
-            numbers, tf = (torch.frombuffer(a, dtype=d) for a, d in zip(self.found[word], (torch.int64, torch.float32)))
+            numbers = torch.frombuffer(self.found[word][0], dtype=torch.int64)
+            tf = torch.frombuffer(self.found[word][1], dtype=torch.float32)
             rarity = math.log(1 + (len(scores) - len(numbers) + 0.5) / (len(numbers) + 0.5))
             scores[numbers] += rarity * 2.2 * tf / (tf + self.scale[numbers])
         best = scores.topk(min(k, len(scores)))
         return [self.passages[i] for i, score in zip(best.indices.tolist(), best.values.tolist()) if score > 0]
 
 def show_passages(passages: list[tuple[str, str]]) -> str:
-    shown = [f"[{i}] {title}: {text}" if title else text for i, (title, text) in enumerate(passages, 1)]
-    return "\n".join(shown) or "nothing found"
+    return "\n".join(": ".join(filter(None, passage)) for passage in passages) or "nothing found"
 
 def ask_server(url: str, queries: list[str], topk: int, timeout: float = 20, tries: int = 3) -> list[str]:
     """Query a Search-R1 compatible server, all queries in one request: an observation for each. Never raises: after
     `tries` that fail, take too long or bring more than 64 KiB a query, the observations say that the search failed."""
     body = json.dumps({"queries": queries, "topk": topk, "return_scores": True}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     for attempt in range(tries):
         time.sleep(0.5 * attempt)
         try:
+            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
             answer, deadline = b"", time.monotonic() + timeout
             with urllib.request.urlopen(request, timeout=timeout) as reply:
                 while part := reply.read1(65536):
                     answer += part
                     if len(answer) > 65536 * (len(queries) + 1) or time.monotonic() > deadline:
                         raise ValueError("the answer is too long or too slow")
-            texts = [[hit["document"]["contents"].partition("\n") for hit in hits] for hits in json.loads(answer)["result"]]
-            found = [[(head.strip('"'), rest) if rest else ("", head) for head, _, rest in hits[:topk]] for hits in texts]
-            return [show_passages(passages) for _, passages in zip(queries, found, strict=True)]
+            found = [[hit["document"]["contents"].partition("\n")[::2] for hit in hits[:topk]]
+                     for _, hits in zip(queries, json.loads(answer)["result"], strict=True)]
+            return [show_passages(passages) for passages in found]
         except Exception as error:  # noqa: BLE001 (whatever a server does, training goes on)
             reason = f"{type(error).__name__}: {error}"
     tqdm.write(f"search server {url}: {reason}", file=sys.stderr)
     return ["the search failed, there are no results"] * len(queries)
 
-INSTRUCTION = """Answer the question. In each turn, first think between <think> and </think>. Then either look something
-up with <search> query </search>, and read in the next turn what was found, between <information> and </information>; or,
+INSTRUCTION = """Answer the question. In each turn, first think between <think> and </think>. Then either look it up
+with <search> query </search>, and read in the next turn what was found, between <information> and </information>; or,
 as soon as you know it, answer in a few words and nothing else: <answer> Paris </answer>. You have {turns} turns.
 Question: """
 HINT = "that was no action : write <search> query</search> or <answer> answer</answer>"
@@ -603,7 +590,6 @@ class Question:
 
 class Agent:
     """The policy with its tool: episodes of turns, many at a time; and what train() needs of the method."""
-
     def __init__(self, model, tokenizer, args, training: list[Question], held_out: list[Question]):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.training, self.held_out = training, held_out
@@ -611,8 +597,9 @@ class Agent:
         self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
     def text(self, node: Node) -> str:
         """What the policy wrote in this node."""
@@ -630,9 +617,9 @@ class Agent:
             chat = [{"role": "user", "content": text}]
             text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         root = Node()
-        root.add(self.tokenizer(text, add_special_tokens=not template)["input_ids"])
+        root.add(self.encode(text, special=not template))
         if len(root.tokens) >= context:
-            raise BadInput(f"--model: its context of {context} tokens is too short for {question.text[:60]!r}; take another")
+            raise BadInput(f"--model: its context of {context} tokens is too short for {text[-60:]!r}; take another")
         return root
 
     def search(self, asked: list[tuple[Question, str]]) -> list[str]:
@@ -644,7 +631,7 @@ class Agent:
         head, body, tail = map(self.encode, ("\n\n<information>", f" {found}", "</information>\n\n"))
         return head + body[: max(0, self.args.info_tokens - len(head) - len(tail))] + tail
 
-    def play(self, starts: list[tuple[Question, Node, int]], generator, temperature: float, top_p: float, counts: Counter):
+    def play(self, starts: list[tuple[Question, Node, int]], generator, temperature: float, top_p: float, counts):
         """For each (question, node, tree) a new branch below the node, played to its end, where it gets its reward. In
         each turn all branches are sampled together, and all their searches made together."""
         live = [(question, Node(node, tree=tree)) for question, node, tree in starts]
@@ -710,8 +697,8 @@ class Agent:
         return row
 
     def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
-        """("tree.md", Mermaid) of the first prompt whose leaves differ in reward (else the first): what the policy wrote,
-        rewards and advantages; green or red by the mean advantage of the leaves below, white where none was kept."""
+        """("tree.md", Mermaid) of the first prompt whose rewards differ, or the first: what the policy wrote, rewards,
+        advantages; green or red by the mean advantage of the leaves below, white where none was kept."""
         mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.leaves}) > 1] or [0]
         (question, root), item = groups[mixed[0]], samples[mixed[0]]
         nodes, advantage = root.below(), dict(zip(item.leaves, map(float, item.advantages)))
@@ -720,7 +707,7 @@ class Agent:
             words = " ".join((self.text(node) if i else question.text).split())[:160]
             words = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in words)
             below = [advantage[leaf] for leaf in node.leaves() if leaf in advantage]
-            color = "ccffcc" if sum(below) > 1e-6 else "ffcccc" if sum(below) < -1e-6 else "eeeeee" if below else "ffffff"
+            color = "cfc" if sum(below) > 1e-6 else "fcc" if sum(below) < -1e-6 else "eee" if below else "fff"
             if node.reward is not None:
                 words += f"<br>R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
             lines += [f'    n{i}["{words}"]', f"    style n{i} fill:#{color},color:#000"]
@@ -730,7 +717,7 @@ class Agent:
         return "tree.md", "\n".join([*lines, "```", ""])
 
 # --------------------------------------------------------------------------------------------- tasks and models
-PEOPLE = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jane", "Kai", "Lena", "Max", "Nora", "Otto")
+PEOPLE = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jane", "Kai", "Lena", "Max", "Nora", "Ola")
 CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Quito", "Tunis", "Bern", "Kyoto")
 RELATIONS = {  # of what, and what it gives
     "mother": (PEOPLE, PEOPLE), "friend": (PEOPLE, PEOPLE), "teacher": (PEOPLE, PEOPLE), "birthplace": (PEOPLE, CITIES),
@@ -786,7 +773,7 @@ def read_questions(path: str) -> list[Question]:
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}; give a data file") from None
+        raise BadInput(f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file") from None
     found, pool, line, at, end = [], {}, 1, 0, len(text)
     if text.lstrip()[:1] == "[":
         at, end = text.index("[") + 1, len(text) - text.endswith("]")
@@ -806,45 +793,35 @@ def read_questions(path: str) -> list[Question]:
             at, line = next_at, line + text.count("\n", start, next_at)
         if end == len(text) and text.lstrip()[:1] == "[":
             raise json.JSONDecodeError("the list is not closed", text, end)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # ValueError: not valid JSON, too
-        raise BadInput(f"--data {path}, line {getattr(error, 'lineno', line)}: no whole record of HotpotQA, 2WikiMultihopQA "
-                       "(question, answer, context) or MuSiQue (question, answer, paragraphs)") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON's own is a ValueError
+        raise BadInput(f"--data {path}, line {getattr(error, 'lineno', line)}: no whole record of HotpotQA or 2Wiki"
+                       "MultihopQA (question, answer, context) or MuSiQue (question, answer, paragraphs)") from None
     if len(found) < 2:
-        raise BadInput(f"--data {path}: {len(found)} questions in it; it takes two, one to train on and one to hold out")
+        raise BadInput(f"--data {path}: {len(found)} questions in it; give two, one to train on and one to hold out")
     index = BM25(list(pool))
     return [Question(question, answers, index) for question, answers in found]
 
-def task(args) -> tuple[list[Question], list[Question]]:
-    """Questions (to train on, held out); none to train on for the built-in task, which makes new ones at every step."""
-    rng = random.Random(0)  # the same held-out questions for every seed
-    if not args.data:
-        return [], [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
-    questions = read_questions(args.data)
-    rng.shuffle(questions)
-    cut = min(args.eval_prompts, max(1, len(questions) // 5))
-    return questions[cut:], questions[:cut]
-
-def load_model(path: str, device: torch.device):
-    """Model, its attention being token_tree, and tokenizer, from a hub id or a folder. Raises BadInput with one line."""
+def load_model(path: str, device: torch.device, flag: str = "--model"):
+    """Model, its attention being token_tree, and tokenizer, from a hub id or a folder. BadInput blames `flag`."""
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     AttentionInterface.register("token_tree", token_tree)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="token_tree")
+        if not tokenizer("a")["input_ids"]:
+            raise ValueError("the tokenizer is missing")
     except Exception as error:  # noqa: BLE001 (no such folder, no weights, no network, an unknown architecture ...)
-        raise BadInput(f"--model {path}: no model and tokenizer to be loaded there ({str(error)[:150]})") from None
-    if set(getattr(model.config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        raise BadInput(f"--model {path}: not all its layers are full attention; take a Qwen2, Qwen2.5 or Qwen3")
+        raise BadInput(f"{flag} {path}: no model and tokenizer to be loaded there ({str(error)[:150]})") from None
+    if model.config.model_type not in ("qwen2", "qwen3") or set(model.config.layer_types) != {"full_attention"}:
+        raise BadInput(f"{flag} {path}: take a Qwen2, Qwen2.5 or Qwen3 with full attention in all layers")
     return model.to(device).eval(), tokenizer
 
 def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     """A Qwen2 of 0.4M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
     tokenizer = Qwen2Tokenizer({t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, [])
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
@@ -858,7 +835,7 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.save_pretrained(folder)
 
 def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on demonstrations, paths from root to leaf: imitation is the policy gradient with advantage 1."""
+    """Supervised steps on demonstrations (paths to a leaf): imitation is the policy gradient with advantage 1."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
@@ -870,7 +847,7 @@ def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
 def built_in_model(args, device: torch.device, folder: Path):
     """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
     words = [*RELATIONS, *PEOPLE, *CITIES, *re.findall(r"\w+", f"is the of next done formerly nothing found {HINT}")]
-    tags = [f"<{slash}{tag}>" for tag in ("think", "search", "information", "answer") for slash in ("", "/")]
+    tags = [tag for name in ("think", "search", "information", "answer") for tag in (f"<{name}>", f"</{name}>")]
     save_tiny_model(folder, [f" {word}" for word in words] + ["Who", "Where", "\n\n", *tags], args.seed)
     model, tokenizer = load_model(str(folder), device)
     agent, rng, paths = Agent(model, tokenizer, args, [], []), random.Random(f"{args.seed}/demonstrations"), []
@@ -887,14 +864,6 @@ def built_in_model(args, device: torch.device, folder: Path):
     return model, tokenizer
 
 # -------------------------------------------------------------------------------------------------- the training loop
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one. Raises BadInput if it cannot be used."""
-    try:
-        device = torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-        return torch.zeros(1, device=device).device
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {name}: not to be had here; try cpu, or leave it out") from None
-
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """The state after `step` steps, written to a temporary name and renamed; older ones go. All that is random and the
     place in the data follow from the seed and the step, so the step is all there is to save of them."""
@@ -909,21 +878,21 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> 
         shutil.rmtree(old)
 
 def resume_run(args, given: set[str]):
-    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). Raises BadInput with one line."""
+    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). Raises BadInput."""
     try:
         folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        script, step, saved = state["script"], state["step"], state["args"]
+        script, saved = state["script"], state["args"]
     except Exception:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no whole checkpoint there; give the folder of an earlier run") from None
+        raise BadInput(f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder") from None
     if script != Path(__file__).name:
         raise BadInput(f"--resume {args.resume}: this is a run of {script}; continue it with that script")
     run = {**saved, "out": args.resume, "resume": args.resume}
     run.update({name: getattr(args, name) for name in given & {"steps", "device"}})
     if differs := [name for name in sorted(given) if getattr(args, name) != run[name]]:
         raise BadInput(f"--{differs[0].replace('_', '-')}: this run was started with {run[differs[0]]!r}; leave it out")
-    if run["steps"] < step:
-        raise BadInput(f"--steps {run['steps']}: the run has made {step} steps already; give at least that many")
+    if run["steps"] < state["step"]:
+        raise BadInput(f"--steps {run['steps']}: the run has made {state['step']} already; give at least as many")
     return type(args)(**run), str(folder), state
 
 def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
@@ -934,8 +903,8 @@ def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
 def train(args, state: dict | None, model, policy, reference, tokenizer, rollout, credit, evaluate, picture) -> None:
     """The loop of all three scripts; what a method does in its own way comes in as functions: rollout(step) -> (groups,
     what to log), credit(step, groups) -> samples for the loss, evaluate() -> what to log, picture(groups, samples) ->
-    (file name, Mermaid). `policy` samples: `model` itself, or its copy in bfloat16. `state` is a checkpoint's, or None for
-    a new run. Ctrl-C finishes the step, saves and exits; a second one exits at once."""
+    (file name, Mermaid). `policy` samples: `model` itself, or its copy in bfloat16. `state` is a checkpoint's, or None
+    for a new run. Ctrl-C finishes the step, saves and exits; a second one exits at once."""
     out, first, interrupts = Path(args.out), state["step"] if state else 0, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
@@ -944,14 +913,8 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
             file.writelines(json.dumps(row) + "\n" for row in rows)
 
     def measure(step: int) -> None:
-        row = {"event": "eval", "step": step, **evaluate()}
-        log(row)
+        log(row := {"event": "eval", "step": step, **evaluate()})
         tqdm.write(f"step {step}: held-out success {row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy")
-
-    def interrupt(number, frame):
-        interrupts.append(number)
-        if len(interrupts) > 1:
-            raise KeyboardInterrupt
 
     if state:
         optimizer.load_state_dict(state["optimizer"])
@@ -960,33 +923,37 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     else:
         measure(0)
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
-    before = signal.signal(signal.SIGINT, interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *a: signal.default_int_handler(*a) if interrupts else interrupts.append(a))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
-        groups, row = rollout(step)
-        samples = credit(step, groups)
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         try:
+            groups, row = rollout(step)
+            samples = credit(step, groups)
             row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
         except FloatingPointError as error:
-            raise SystemExit(f"stopped before step {step + 1}: {error}; {out} has the last checkpoint, try a lower --lr")
+            raise SystemExit(f"stopped before step {step + 1}: {error}. {out} has a checkpoint; try a lower --lr")
         if policy is not model:
             for copied, master in zip(policy.parameters(), model.parameters()):
                 copied.data.copy_(master.data)
         row.update(lr=lr, seconds=time.perf_counter() - began)
         log(row)
         name, text = picture(groups, samples)
-        (out / name).write_text(text)
+        (out / name).write_text(text, encoding="utf-8", errors="replace")
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {row['generated_tokens'] / row['seconds']:.0f} tokens/s")
         last = step + 1 == args.steps
-        if last or args.eval_every and (step + 1) % args.eval_every == 0:
+        if args.eval_every and (step + 1) % args.eval_every == 0:
             measure(step + 1)
         if last or interrupts or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
         if interrupts and not last:
-            print(f"\nstopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
+            bar.close()
+            print(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
             raise SystemExit(130)
+    if read_metrics(out)[-1]["event"] == "train":
+        measure(args.steps)
     signal.signal(signal.SIGINT, before)
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
@@ -998,7 +965,8 @@ def summary(out: Path, *counted: str) -> str:
     for words, name in (("sampled (T = 1)", "success"), ("greedy", "greedy_success")):
         table.append(f"{words:20}{evals[0][name]:8.3f}{evals[-1][name]:8.3f}")
     totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
-    return "\n".join([*table, f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s, {out / 'final'}"])
+    table.append(f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s")
+    return "\n".join([*table, f"model in {out / 'final'}"])
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
@@ -1009,7 +977,12 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--out {args.out}: exists and is not an empty folder; choose another, or --resume it")
     if args.search_url and not args.data:
         raise BadInput("--search-url: the built-in questions bring their own facts; give --data as well")
-    device = pick_device(args.device)
+    try:
+        name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception:  # noqa: BLE001 (each backend fails in its own way)
+        raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
     out = Path(args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -1017,9 +990,14 @@ def main(argv: list[str]) -> None:
     args.topk = args.topk or (3 if args.data else 1)
     args.turn_tokens = args.turn_tokens or (500 if args.data else 32)
     args.out = str(out)
-    training, held_out = task(args)
+    rng = random.Random(0)  # the same held-out questions for every seed
+    made = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
+    questions = read_questions(args.data) if args.data else made
+    rng.shuffle(questions)
+    cut = min(args.eval_prompts, max(1, len(questions) // 5)) if args.data else len(questions)
+    training, held_out = questions[cut:], questions[:cut]  # the built-in task makes new ones to train on at every step
     if folder:
-        model, tokenizer = load_model(folder, device)
+        model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
         agent = Agent(model, tokenizer, args, training, held_out)
         for question in training + held_out:
             agent.root(question)  # raises BadInput if a prompt does not fit
@@ -1044,4 +1022,4 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit(130)

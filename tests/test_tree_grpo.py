@@ -280,8 +280,8 @@ def test_long_observations_go_in_piece_by_piece(monkeypatch):
     # With the limit on a score matrix lowered to a few columns there are more forwards, and the result is the same.
     whole, calls, trees = Lanes.forward, [], []
     monkeypatch.setattr(Lanes, "forward", lambda self, new: calls.append(max(map(len, new))) or whole(self, new))
-    for limit in (tree_grpo.SCORES, 2000):
-        monkeypatch.setattr(tree_grpo, "SCORES", limit)
+    for limit in (tree_grpo.MOST_SCORES, 2000):
+        monkeypatch.setattr(tree_grpo, "MOST_SCORES", limit)
         model, _ = tiny_qwen("qwen2", torch.float64)
         calls.append(0)
         trees.append(grow(model, torch.Generator().manual_seed(0), random.Random(0))[0])
