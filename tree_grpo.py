@@ -9,7 +9,7 @@
 
 Advantages (Eq. 6, 7): tree_advantages. Loss (Eq. 8): grpo_loss. Search: tree_rollout. Branches that share the KV of
 what they have in common: Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. The loop: train.
-Left out: several processes, several gradient steps per epoch, learning rate schedules but for the warm-up."""
+Left out: several processes, several steps per epoch, learning rate schedules beyond a warm-up."""
 
 import argparse
 import copy
@@ -35,7 +35,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 
@@ -88,7 +87,6 @@ def parse_args(cls, argv: list[str]):
     """Command line -> (an instance of the dataclass `cls`, the set of names given). Raises BadInput with one line."""
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
-
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
@@ -117,12 +115,9 @@ def tree_advantages(rewards: Tensor, tree_ids: Tensor, eps: float = 1e-6, terms:
     A_intra is the z-score of a leaf's reward among the leaves of its own tree, A_inter among all of the prompt. A lone
     leaf, or one among equal rewards, gets 0 from that term; so with one leaf per tree this is GRPO.
     rewards, tree_ids: (G,), in any order; terms: "both", "intra" or "inter" (Table 4). Returns (G,), of the rewards'
-    dtype if that is floating. Raises ValueError on other shapes, no leaves, or a reward that is not finite.
-    """
-    if rewards.dim() != 1 or rewards.shape != tree_ids.shape or len(rewards) == 0:
-        raise ValueError(f"want two tensors (G,), G > 0, got {tuple(rewards.shape)} and {tuple(tree_ids.shape)}")
-    if not rewards.isfinite().all():
-        raise ValueError("rewards must be finite")
+    dtype if that is floating. Raises ValueError on other shapes, no leaves, or a reward that is not finite."""
+    if rewards.dim() != 1 or rewards.shape != tree_ids.shape or len(rewards) == 0 or not rewards.isfinite().all():
+        raise ValueError(f"want finite rewards (G,) and tree_ids (G,), G > 0, got {rewards} and {tree_ids}")
     intra = torch.zeros(len(rewards), dtype=torch.float64, device=rewards.device)
     for tree in tree_ids.unique():
         intra[tree_ids == tree] = z_score(rewards[tree_ids == tree], eps)
@@ -134,8 +129,7 @@ def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.
     """Tree-GRPO's search (section 3.2) below each root of `groups`, (question, root) pairs, all together. M independent
     chains from each root are the trunks of its trees; then L times, in each tree N of the nodes that are not leaves are
     drawn, uniformly and with replacement, the root being one of them, and each gets a new branch: M (1 + N L) leaves.
-    With N = 0 or L = 0 these are GRPO's chains. play(starts) adds below each (question, node, tree) a branch that ends
-    in a leaf with a reward."""
+    play(starts) adds below each (question, node, tree) a branch that ends in a leaf. N = 0 gives GRPO's chains."""
     play([(question, root, tree) for question, root in groups for tree in range(M)])
     for _ in range(L if N else 0):
         play([(question, node, tree) for question, root in groups for tree in range(M) for node in
@@ -211,7 +205,6 @@ class Lanes:
     A prompt's KV is held once per row (`shared`); each lane has a block of its own (`own`) with its own length. A new
     token attends to both: two score matrices, one softmax. Query heads are folded onto their KV head, so shared keys
     are read once for all lanes of a row. A branch recomputes nothing: its block is copied from the nodes above it."""
-
     def __init__(self, model, nodes: list[Node]):
         self.model, rows = model, {}
         for node in nodes:
@@ -224,7 +217,7 @@ class Lanes:
         first, room = next(iter(rows)), max(self.length) + 32
         layers, two, heads, _, size = first.kv.shape
         self.shared = first.kv.new_zeros(layers, two, len(rows), heads, max(root.cached for root in rows), size)
-        self.own = first.kv.new_zeros(layers, two, len(paths), heads, room, size)
+        self.own = first.kv.new_zeros(layers, two, len(rows), heads, self.W, room, size)
         self.hidden = first.hidden.new_zeros(len(paths), room + 1, first.hidden.shape[-1])  # [b, j]: after j own tokens
         self.hidden[:, 0] = torch.cat([root.hidden for root in rows]).repeat_interleave(self.W, 0)
         for r, root in enumerate(rows):
@@ -233,15 +226,16 @@ class Lanes:
             at = 0
             for node in (node for node in path if node.cached):
                 at, start = at + node.cached, at
-                self.own[:, :, b, :, start:at], self.hidden[b, start + 1 : at + 1] = node.kv, node.hidden
+                self.own[:, :, b // self.W, :, b % self.W, start:at] = node.kv
+                self.hidden[b, start + 1 : at + 1] = node.hidden
 
     def set_grid(self, rows: list[list]) -> None:
         self.W, self.grid = max(map(len, rows)), [node for row in padded(rows, None) for node in row]
 
     def forward(self, new: list[list[int]]) -> int:
         """Run new[b], maybe nothing, through lane b. Returns how many tokens that were."""
-        (_, _, B, kv_heads, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
-        width, heads = max(map(len, new)), self.model.config.num_attention_heads
+        (_, _, R, h, W, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
+        B, width, heads = R * W, max(map(len, new)), self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (B * heads * (P + room + width)))
         if width > most:  # long observations go in piece by piece
             return sum(self.forward([tokens[i : i + most] for tokens in new]) for i in range(0, width, most))
@@ -253,31 +247,31 @@ class Lanes:
             self.own, self.hidden = F.pad(self.own, (0, 0, 0, self.seen)), F.pad(self.hidden, (0, 0, 0, self.seen))
         column, lane = torch.arange(width, device=device), torch.arange(B, device=device)[:, None]
         slot = start + column
-        self.to = lane, torch.where(column < count, slot, room - 1)
-        later = torch.arange(self.seen, device=device) > slot.repeat(1, heads // kv_heads)[:, None, :, None]
-        beyond = torch.arange(P, device=device) >= self.prompt[:, None, None, None]
+        to = torch.where(column < count, slot, room - 1)
+        block = torch.arange(B * h, device=device).view(R, h, W).mT.reshape(B, h, 1)
+        self.to = (block * room + to[:, None]).flatten()  # where in a layer's `own` the new keys go, lane by lane
+        later = torch.arange(self.seen, device=device) > slot.view(R, 1, W, 1, width, 1)
+        later = later.expand(-1, h, -1, heads // h, -1, -1).reshape(B * h, -1, self.seen)
+        beyond = (torch.arange(P, device=device) >= self.prompt[:, None]).repeat_interleave(h, 0)[:, None]
         self.own_mask, self.shared_mask = (self.own.new_zeros(()).where(~m, -torch.inf) for m in (later, beyond))
         position = slot + self.prompt.repeat_interleave(self.W, output_size=B)[:, None]
-        ids = torch.tensor(padded(new), device=device)
-        out = self.model.model(ids, position_ids=position, use_cache=False, tree=self)
-        self.hidden[lane, self.to[1] + 1] = out.last_hidden_state
+        out = self.model.model(torch.tensor(padded(new), device=device), None, position, use_cache=False, tree=self)
+        self.hidden[lane, to + 1] = out.last_hidden_state
         return sum(map(len, new))
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (lanes, heads, new, size), k and v: (lanes, KV heads, new, size). Returns (lanes, new, heads, size)."""
-        (B, H, n, D), h, W, P = q.shape, k.shape[1], self.W, self.shared.shape[-2]
+        (B, H, n, D), (_, R, h, P, _), W = q.shape, self.shared[layer].shape, self.W
         for block, new in zip(self.own[layer], (k, v)):
-            block.transpose(1, 2)[self.to] = new.transpose(1, 2)
-        (shared_k, shared_v), (own_k, own_v) = self.shared[layer], self.own[layer, ..., : self.seen, :]
-        q = q.reshape(B // W, W, h, -1, D) * scaling  # rows, lanes, KV heads, (query heads of a KV head, new tokens)
-        shared = q.transpose(1, 2).flatten(2, 3) @ shared_k.mT + self.shared_mask
-        own = q.flatten(0, 1) @ own_k.mT + self.own_mask
-        scores = torch.cat([shared.unflatten(2, (W, -1)).transpose(1, 2), own.unflatten(0, (-1, W))], -1)
-        weights = full_precision(scores).softmax(-1).to(v.dtype)
-        shared = weights[..., :P].transpose(1, 2).flatten(2, 3) @ shared_v
-        own = weights[..., P:].flatten(0, 1) @ own_v
-        out = shared.unflatten(2, (W, -1)).transpose(1, 2) + own.unflatten(0, (-1, W))
-        return out.reshape(B, H, n, D).transpose(1, 2)
+            block.view(-1, D).index_copy_(0, self.to, new.reshape(-1, D))
+        (shared_k, shared_v), (own_k, own_v) = self.shared[layer].flatten(1, 2), self.own[layer].flatten(1, 3)
+        q = q.reshape(R, W, h, -1).transpose(1, 2).reshape(R * h * W, -1, D)  # by row, KV head, lane
+        shared = torch.baddbmm(self.shared_mask, q.view(R * h, -1, D), shared_k.mT, alpha=scaling)
+        own = torch.baddbmm(self.own_mask, q, own_k[:, : self.seen].mT, alpha=scaling)
+        weights = full_precision(torch.cat([shared.view(len(q), -1, P), own], -1)).softmax(-1).to(v.dtype)
+        shared = weights.view(R * h, -1, P + self.seen)[..., :P] @ shared_v
+        out = torch.baddbmm(shared.view(q.shape), weights[..., P:], own_v[:, : self.seen])
+        return out.view(R, h, W, H // h, n, D).permute(0, 2, 4, 1, 3, 5).reshape(B, n, H, D)
 
     def store(self, b: int) -> None:
         """Copy what lane b computed to its nodes, from which a later branch starts."""
@@ -285,7 +279,8 @@ class Lanes:
         for node in self.grid[b].path()[1:]:
             end = min(at + len(node.tokens), self.length[b])
             if node.cached < end - at:
-                node.kv, node.hidden = self.own[:, :, b, :, at:end].clone(), self.hidden[b, at + 1 : end + 1].clone()
+                node.kv = self.own[:, :, b // self.W, :, b % self.W, at:end].clone()
+                node.hidden = self.hidden[b, at + 1 : end + 1].clone()
             at = end
 
     def shrink(self, live: list[int]) -> list[int]:
@@ -293,9 +288,11 @@ class Lanes:
         rows = {r: list(lanes) for r, lanes in itertools.groupby(live, lambda b: b // self.W)}
         if len(rows) * max(map(len, rows.values())) > 0.75 * len(self.grid):
             return live
-        kept = [b for row in padded(list(rows.values()), live[0]) for b in row]  # padded with copies that stay idle
-        self.own, self.hidden, self.length = self.own[:, :, kept], self.hidden[kept], [self.length[b] for b in kept]
-        self.shared, self.prompt = self.shared[:, :, list(rows)], self.prompt[list(rows)]
+        kept = torch.tensor(padded(list(rows.values()), live[0]))  # padded with copies that stay idle
+        own = self.own.transpose(3, 4)[:, :, kept // self.W, kept % self.W]
+        self.own, self.shared = own.transpose(3, 4).contiguous(), self.shared[:, :, list(rows)]
+        self.prompt, kept = self.prompt[list(rows)], kept.flatten()
+        self.hidden, self.length = self.hidden[kept], [self.length[b] for b in kept.tolist()]
         self.set_grid([[self.grid[b] for b in row] for row in rows.values()])
         return [b for b, node in enumerate(self.grid) if node]
 
@@ -308,9 +305,11 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Gene
         ranked, order = probs.sort(-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that reaches top_p
         probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
+    ends = probs.cumsum(-1, dtype=torch.float64)  # torch.multinomial would draw V random numbers for each token
+    at = ends[:, -1:] * torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator)
+    return torch.searchsorted(ends, at, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
-@torch.no_grad()
+@torch.inference_mode()
 def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
            generator: torch.Generator | None, temperature: float, top_p: float, counts: Counter) -> None:
     """Continue the path of each (new, empty) node, all together, until an end token, `stop(tokens)`, or its limit >= 1.
@@ -325,11 +324,11 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
     live = [b for b, node in enumerate(lanes.grid) if node]
     while True:
         logits = full_precision(model.lm_head(lanes.hidden[range(len(lanes.grid)), lanes.length]))
-        if not logits.isfinite().all():
-            raise FloatingPointError("the policy's logits are not finite")
         logps = logits.log_softmax(-1)
         tokens = draw(logits, temperature, top_p, generator)
         drawn = logps.gather(-1, tokens[:, None])[:, 0].tolist()
+        if not math.isfinite(sum(drawn)):
+            raise FloatingPointError("the policy's logits are not finite")
         entropy, tokens, going = (-(logps.exp() * logps).sum(-1)).tolist(), tokens.tolist(), []
         for b in live:
             node = lanes.grid[b]
@@ -350,19 +349,17 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
 
 # ----------------------------------------------------------------------- training: one packed row per tree, the loss
 class Sample(NamedTuple):
-    """What a prompt gives to the loss: leaves below `root`, for each an advantage (one number, or one per sampled token
-    of its path), and the weight of the sum over these leaves."""
+    """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
     root: Node
     leaves: list[Node]
     advantages: list[Tensor]
-    weight: float
+    weight: float  # of the sum over the leaves
 
 class Packed:
     """Trees as one row of their unique tokens. It is itself the attention of every layer.
 
     A segment is a run of tokens without a branch. Its queries see the keys of its path, which are gathered for all
     segments of like length in one batched call. Path slot j holds the token at position j: visible is j <= position."""
-
     def __init__(self, samples: list[Sample], device):
         tokens, position, parent, read, logps, segments, index = [], [], [], [], [], [], {}
         for item in samples:
@@ -386,21 +383,20 @@ class Packed:
                 segments.append((own, path))
                 stack += [(child, path) for child in children]
         self.ids, self.position = torch.tensor([tokens], device=device), torch.tensor([position], device=device)
-        self.buckets, inverse = [], torch.zeros(len(tokens), dtype=torch.long)
+        self.buckets, self.inverse, at = [], torch.zeros(len(tokens), dtype=torch.long), 0
         segments.sort(key=lambda segment: len(segment[0]))
-        at = 0
         while segments:  # those at least half as long as the longest share a call
             width = len(segments[-1][0])
             cut = sum(2 * len(own) < width for own, _ in segments)
             segments, bucket = segments[:cut], segments[cut:]
             for own, _ in bucket:
-                inverse[own[0] : own[-1] + 1] = torch.arange(at, at + len(own))
+                self.inverse[own[0] : own[-1] + 1] = torch.arange(at, at + len(own))
                 at += width
             queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
             keys = torch.tensor(padded([path for _, path in bucket]), device=device)
             visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
             self.buckets.append((queries, keys, visible))
-        self.inverse = inverse.to(device)
+        self.inverse = self.inverse.to(device)
         self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
         self.read = torch.tensor([parent[t] for t in read], device=device)
         self.sampler_logps = torch.tensor(logps, device=device)
@@ -435,7 +431,7 @@ def packed_logps(model, packed: Packed) -> Tensor:
     chunks = list(zip(hidden[0, packed.read].split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
         return logps(*chunks[0])
-    return torch.cat([checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
+    return torch.cat([torch.utils.checkpoint.checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
               clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -502,9 +498,9 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    tokens = max(1, sums["tokens"])
+    tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
     return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
-            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / max(1, sums["drawn"])}
+            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / drawn}
 
 # ---------------------------------------------------------------------------------------- the agent and its search tool
 class BM25:
@@ -552,21 +548,18 @@ def ask_server(url: str, queries: list[str], topk: int, timeout: float = 20, tri
                      for _, hits in zip(queries, json.loads(answer)["result"], strict=True)]
             return [show_passages(passages) for passages in found]
         except Exception as error:  # noqa: BLE001 (whatever a server does, training goes on)
-            reason = f"{type(error).__name__}: {error}"
-    tqdm.write(f"search server {url}: {reason}", file=sys.stderr)
+            tqdm.write(f"search server {url}: {type(error).__name__}: {error}", file=sys.stderr)
     return ["the search failed, there are no results"] * len(queries)
 
-INSTRUCTION = """Answer the question. In each turn, first think between <think> and </think>. Then either look it up
-with <search> query </search>, and read in the next turn what was found, between <information> and </information>; or,
-as soon as you know it, answer in a few words and nothing else: <answer> Paris </answer>. You have {turns} turns.
-Question: """
+INSTRUCTION = """Answer the question. In each turn, think between <think> and </think>, then search by <search> query
+</search> and read in the next turn what was found between <information> and </information>, or, when you know it,
+answer in a few words and nothing else: <answer> Paris </answer>. You have {turns} turns. Question: """
 HINT = "that was no action : write <search> query</search> or <answer> answer</answer>"
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 WORDS = r"((?!</?(?:think|search|information|answer)>).)*"
 STEP = re.compile(rf"\s*<think>{WORDS}</think>\s*<(?P<action>search|answer)>{WORDS}</(?P=action)>\s*", re.DOTALL)
 
-def normalise(answer: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces: the usual normalisation of open-domain QA."""
+def normalise(answer: str) -> str:  # lower case, no punctuation, no articles, single spaces
     answer = "".join(c for c in answer.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
 
@@ -591,8 +584,7 @@ class Question:
 class Agent:
     """The policy with its tool: episodes of turns, many at a time; and what train() needs of the method."""
     def __init__(self, model, tokenizer, args, training: list[Question], held_out: list[Question]):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.training, self.held_out = training, held_out
+        self.model, self.tokenizer, self.args, self.training, self.held_out = model, tokenizer, args, training, held_out
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))
@@ -601,12 +593,10 @@ class Agent:
         text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def text(self, node: Node) -> str:
-        """What the policy wrote in this node."""
+    def text(self, node: Node) -> str:  # what the policy wrote in it
         return self.tokenizer.decode([t for t, s in zip(node.tokens, node.sampled) if s], skip_special_tokens=True)
 
-    def stop(self, tokens: list[int]) -> bool:
-        """Does the last token complete a closing tag? The turn is decoded only where that token has a ">"."""
+    def stop(self, tokens: list[int]) -> bool:  # does the last one complete a closing tag?
         return ">" in self.piece(tokens[-1]) and bool(re.search("</(search|answer)>", self.tokenizer.decode(tokens)))
 
     def root(self, question: Question) -> Node:
@@ -680,25 +670,23 @@ class Agent:
             trees = [[leaf for leaf in root.leaves() if leaf.tree == tree] for tree in range(self.args.M)]
             leaves = [leaf for tree in trees for leaf in rng.sample(tree, min(self.args.K or len(tree), len(tree)))]
             rewards, ids = torch.tensor([leaf.reward for leaf in leaves]), torch.tensor([leaf.tree for leaf in leaves])
-            advantages = tree_advantages(rewards, ids, terms=self.args.advantage)
-            samples.append(Sample(root, leaves, list(advantages), 1 / len(leaves) / len(groups)))
+            advantages = list(tree_advantages(rewards, ids, terms=self.args.advantage))
+            samples.append(Sample(root, leaves, advantages, 1 / len(leaves) / len(groups)))
         return samples
 
     def evaluate(self) -> dict[str, float]:
         """Share of held-out questions answered by one chain each, at temperature 1 and greedily."""
         row = {}
         for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
-            generator, rewards = torch.Generator(self.model.device).manual_seed(0), []
-            for i in range(0, len(self.held_out), 128):
-                starts = [(question, self.root(question), 0) for question in self.held_out[i : i + 128]]
-                self.play(starts, generator, temperature, 1.0, Counter())
-                rewards += [root.leaves()[0].reward for _, root, _ in starts]
-            row[name] = sum(reward > 0.5 for reward in rewards) / len(rewards)
+            generator = torch.Generator(self.model.device).manual_seed(0)
+            starts = [(question, self.root(question), 0) for question in self.held_out]
+            for i in range(0, len(starts), 128):
+                self.play(starts[i : i + 128], generator, temperature, 1.0, Counter())
+            row[name] = sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts) / len(starts)
         return row
 
     def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
-        """("tree.md", Mermaid) of the first prompt whose rewards differ, or the first: what the policy wrote, rewards,
-        advantages; green or red by the mean advantage of the leaves below, white where none was kept."""
+        """("tree.md", Mermaid): a prompt's trees, in green or red by the mean advantage of the leaves below a node."""
         mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.leaves}) > 1] or [0]
         (question, root), item = groups[mixed[0]], samples[mixed[0]]
         nodes, advantage = root.below(), dict(zip(item.leaves, map(float, item.advantages)))
@@ -712,8 +700,8 @@ class Agent:
                 words += f"<br>R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
             lines += [f'    n{i}["{words}"]', f"    style n{i} fill:#{color},color:#000"]
             if i:
-                label = f"|tree {node.tree + 1}|" if node.parent is root else ""
-                lines.append(f"    n{nodes.index(node.parent)} -->{label} n{i}")
+                trunk = f"|tree {node.tree + 1}|" * (node.parent is root)
+                lines.append(f"    n{nodes.index(node.parent)} -->{trunk} n{i}")
         return "tree.md", "\n".join([*lines, "```", ""])
 
 # --------------------------------------------------------------------------------------------- tasks and models
@@ -721,8 +709,7 @@ PEOPLE = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jan
 CITIES = ("Rome", "Oslo", "Lima", "Cairo", "Paris", "Delhi", "Quito", "Tunis", "Bern", "Kyoto")
 RELATIONS = {  # of what, and what it gives
     "mother": (PEOPLE, PEOPLE), "friend": (PEOPLE, PEOPLE), "teacher": (PEOPLE, PEOPLE), "birthplace": (PEOPLE, CITIES),
-    "home": (PEOPLE, CITIES), "mayor": (CITIES, PEOPLE), "founder": (CITIES, PEOPLE), "twin": (CITIES, CITIES),
-}
+    "home": (PEOPLE, CITIES), "mayor": (CITIES, PEOPLE), "founder": (CITIES, PEOPLE), "twin": (CITIES, CITIES)}
 
 def make_question(rng: random.Random, max_hops: int, hard: str, held_out: bool) -> Question:
     """A question of 2 to max_hops hops over facts drawn for it alone, so there is nothing to remember. A fifth of all
@@ -751,9 +738,8 @@ def make_question(rng: random.Random, max_hops: int, hard: str, held_out: bool) 
     return Question(text, [entity], BM25(passages), start, tuple(relations))
 
 def demonstrate(question: Question, hard: str, rng: random.Random) -> list[tuple[str, str]]:
-    """The turns of an imperfect agent, each with what its search finds ("" after the answer): after a search it rather
-    stops and answers with what it has, and sometimes it asks for a wrong relation; in the late task it takes a former
-    value rather than the present one. So after imitation the likeliest behaviour is wrong, for reward to correct."""
+    """The turns of an imperfect agent, each with what its search finds: it tends to stop early, at times asks for a
+    wrong relation, and in the late task prefers a former value. What it teaches is mostly wrong, for reward to mend."""
     turns, values = [], [question.start]
     for relation in question.relations:
         if hard == "anywhere" and turns and rng.random() < 0.6:
@@ -774,13 +760,12 @@ def read_questions(path: str) -> list[Question]:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file") from None
-    found, pool, line, at, end = [], {}, 1, 0, len(text)
+    found, pool, start, at, end = [], {}, 0, 0, len(text)
     if text.lstrip()[:1] == "[":
         at, end = text.index("[") + 1, len(text) - text.endswith("]")
     try:
         while (start := re.compile(r"[\s,]*").match(text, at).end()) < end:  # record by record, to know their lines
-            line = 1 + text.count("\n", 0, start) if not pool else line + text.count("\n", at, start)
-            record, next_at = json.JSONDecoder().raw_decode(text, start)
+            record, at = json.JSONDecoder().raw_decode(text, start)
             if "paragraphs" in record:
                 passages = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
             else:
@@ -790,12 +775,12 @@ def read_questions(path: str) -> list[Question]:
                 raise TypeError
             pool.update(dict.fromkeys(passages))
             found += [(record["question"], answers)] if record.get("answerable", True) else []
-            at, line = next_at, line + text.count("\n", start, next_at)
         if end == len(text) and text.lstrip()[:1] == "[":
             raise json.JSONDecodeError("the list is not closed", text, end)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON's own is a ValueError
-        raise BadInput(f"--data {path}, line {getattr(error, 'lineno', line)}: no whole record of HotpotQA or 2Wiki"
-                       "MultihopQA (question, answer, context) or MuSiQue (question, answer, paragraphs)") from None
+        line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
+        raise BadInput(f"--data {path}, line {line}: no whole record of HotpotQA or 2WikiMultihopQA (question, answer, "
+                       "context) or of MuSiQue (question, answer, paragraphs)") from None
     if len(found) < 2:
         raise BadInput(f"--data {path}: {len(found)} questions in it; give two, one to train on and one to hold out")
     index = BM25(list(pool))
@@ -826,23 +811,19 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.08,  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
-    )
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0,
+        initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on demonstrations (paths to a leaf): imitation is the policy gradient with advantage 1."""
+    """Supervised steps, each on 32 demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
-        batch = paths[step :: args.sft_steps]
-        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / len(batch)) for path in batch]
-        update(model, None, optimizer, samples, args)
+        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / 32) for path in paths[32 * step : 32 * (step + 1)]]
+        update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
 
 def built_in_model(args, device: torch.device, folder: Path):
     """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
@@ -865,14 +846,13 @@ def built_in_model(args, device: torch.device, folder: Path):
 
 # -------------------------------------------------------------------------------------------------- the training loop
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, written to a temporary name and renamed; older ones go. All that is random and the
-    place in the data follow from the seed and the step, so the step is all there is to save of them."""
+    """The state after `step` steps, renamed when whole; random states and the place in the data follow from step."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    state = {"script": Path(__file__).name, "step": step, "args": vars(args), "optimizer": optimizer.state_dict()}
-    torch.save(state, temporary / "state.pt")
+    torch.save({"script": Path(__file__).name, "step": step, "args": vars(args), "optimizer": optimizer.state_dict()},
+               temporary / "state.pt")
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
@@ -907,11 +887,9 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     for a new run. Ctrl-C finishes the step, saves and exits; a second one exits at once."""
     out, first, interrupts = Path(args.out), state["step"] if state else 0, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
     def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
         with open(out / name, mode) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
-
     def measure(step: int) -> None:
         log(row := {"event": "eval", "step": step, **evaluate()})
         tqdm.write(f"step {step}: held-out success {row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy")
@@ -923,8 +901,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     else:
         measure(0)
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
-    before = signal.getsignal(signal.SIGINT)
-    signal.signal(signal.SIGINT, lambda *a: signal.default_int_handler(*a) if interrupts else interrupts.append(a))
+    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
@@ -935,9 +912,8 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
             row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
         except FloatingPointError as error:
             raise SystemExit(f"stopped before step {step + 1}: {error}. {out} has a checkpoint; try a lower --lr")
-        if policy is not model:
-            for copied, master in zip(policy.parameters(), model.parameters()):
-                copied.data.copy_(master.data)
+        for copied, master in zip(policy.parameters(), model.parameters() if policy is not model else ()):
+            copied.data.copy_(master.data)
         row.update(lr=lr, seconds=time.perf_counter() - began)
         log(row)
         name, text = picture(groups, samples)
@@ -965,16 +941,14 @@ def summary(out: Path, *counted: str) -> str:
     for words, name in (("sampled (T = 1)", "success"), ("greedy", "greedy_success")):
         table.append(f"{words:20}{evals[0][name]:8.3f}{evals[-1][name]:8.3f}")
     totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
-    table.append(f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s")
-    return "\n".join([*table, f"model in {out / 'final'}"])
+    totals = f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s"
+    return "\n".join([*table, totals, f"model in {out / 'final'}"])
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
     folder, state = args.model, None
     if args.resume:
         args, folder, state = resume_run(args, given)
-    elif args.out and Path(args.out).exists() and (not Path(args.out).is_dir() or any(Path(args.out).iterdir())):
-        raise BadInput(f"--out {args.out}: exists and is not an empty folder; choose another, or --resume it")
     if args.search_url and not args.data:
         raise BadInput("--search-url: the built-in questions bring their own facts; give --data as well")
     try:
@@ -984,18 +958,17 @@ def main(argv: list[str]) -> None:
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
     out = Path(args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if args.dtype == "auto":
-        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.topk = args.topk or (3 if args.data else 1)
     args.turn_tokens = args.turn_tokens or (500 if args.data else 32)
     args.out = str(out)
-    rng = random.Random(0)  # the same held-out questions for every seed
-    made = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
-    questions = read_questions(args.data) if args.data else made
-    rng.shuffle(questions)
-    cut = min(args.eval_prompts, max(1, len(questions) // 5)) if args.data else len(questions)
-    training, held_out = questions[cut:], questions[:cut]  # the built-in task makes new ones to train on at every step
+    rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
+    held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
+    training = read_questions(args.data) if args.data else []
+    rng.shuffle(training)
+    while len(held_out) < args.eval_prompts and len(training) > 4 * len(held_out):  # a fifth at most
+        held_out.append(training.pop())
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
         agent = Agent(model, tokenizer, args, training, held_out)
@@ -1003,8 +976,10 @@ def main(argv: list[str]) -> None:
             agent.root(question)  # raises BadInput if a prompt does not fit
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not state and any(out.iterdir()):
+            raise FileExistsError(0, "is not empty")
     except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume this one") from None
     if not folder:
         model, tokenizer = built_in_model(args, device, out / "start")
     if args.grad_checkpointing:

@@ -46,7 +46,7 @@ def shuffled(credit):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to every run of tree_grpo.py")
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to tree_grpo.py")
     options = parser.parse_args()
     credit, results = tree_grpo.Agent.credit, {"Tree-GRPO": [], "supervised": [], "shuffled": []}
     sft_steps = tree_grpo.Args().sft_steps
@@ -61,14 +61,14 @@ def main() -> None:
         tree_grpo.Agent.credit = shuffled(credit)
         results["shuffled"].append(run(*fixed))
         tree_grpo.Agent.credit = credit
-        print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] | {"wall": runs[-1][1]} for arm, runs in results.items()}}))
+        print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] for arm, runs in results.items()}}), flush=True)
     print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
     for arm, runs in results.items():
         columns = []
         for seed, (rows, wall) in zip(options.seeds, runs):
             evals = [row for row in rows if row["event"] == "eval"]
-            first = evals[0] if arm != "supervised" else results["Tree-GRPO"][len(columns)][0][0]  # the usual warm start
-            columns.append([first["success"], evals[-1]["success"], first["greedy_success"], evals[-1]["greedy_success"], wall])
+            before = evals[0] if arm != "supervised" else results["Tree-GRPO"][len(columns)][0][0]  # the same warm start
+            columns.append([row[name] for name in ("success", "greedy_success") for row in (before, evals[-1])] + [wall])
             print(f"| {arm} | {seed} | " + " | ".join(f"{x:.3f}" for x in columns[-1][:4]) + f" | {wall:.0f} |")
         if len(columns) > 1:
             spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in list(zip(*columns))[:4]]

@@ -19,11 +19,12 @@ def tiny_qwen(kind: str, dtype=torch.float32, vocab_size: int = 50):
     from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     AttentionInterface.register("token_tree", tree_grpo.token_tree)
-    config_class, model_class = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}[kind]
+    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
+    config_class, model_class = classes[kind]
     config = config_class(
         vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True,
+        initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )
     torch.manual_seed(0)
     model = model_class(copy.deepcopy(config)).to(dtype).eval()

@@ -1,4 +1,4 @@
-"""Tree-GRPO's mathematics on hand-worked trees, the exactness of the sampler and of packed training, and the rollout."""
+"""Tree-GRPO's mathematics on hand-worked trees, the exactness of sampling and of packed training, and the rollout."""
 
 import itertools
 import math
@@ -53,7 +53,7 @@ def test_order_of_the_leaves_does_not_matter():
 
 def test_two_rounds():
     # M = 1, N = 1, L = 2: 1 + 1 * 2 = 3 leaves of one tree with rewards 1, 0.2, 0: mean 0.4, deviations 0.6 -0.2 -0.4,
-    # variance (0.36 + 0.04 + 0.16) / 2 = 0.28. With a single tree intra and inter are the same number, so A is twice it.
+    # variance (0.36 + 0.04 + 0.16) / 2 = 0.28. With one tree intra and inter are the same number, so A is twice it.
     z = [d / math.sqrt(0.28) for d in (0.6, -0.2, -0.4)]
     assert advantages([1, 0.2, 0], [7, 7, 7], terms="intra") == pytest.approx(z, abs=1e-5)
     assert advantages([1, 0.2, 0], [7, 7, 7]) == pytest.approx([2 * x for x in z], abs=1e-5)
@@ -79,7 +79,7 @@ def test_lone_leaves():
     s = 1 / math.sqrt(3)
     assert advantages([1, 0, 0], [0, 1, 2]) == pytest.approx([2 * s, -s, -s], abs=1e-5)
     assert advantages([1, 0, 0], [0, 1, 2], terms="intra") == [0, 0, 0]
-    # A lone leaf beside a tree of two: 0 from intra, its share of inter. Rewards 1 | 1 0: intra of the pair +-1/sqrt(2).
+    # A lone leaf beside a tree of two: 0 from intra, its share of inter. Rewards 1 | 1 0: the pair has +-1/sqrt(2).
     h = 1 / math.sqrt(2)
     assert advantages([1, 1, 0], [0, 1, 1]) == pytest.approx([s, s + h, -2 * s - h], abs=1e-5)
 
@@ -114,7 +114,7 @@ def test_against_plain_python_on_random_trees():
 
 @pytest.mark.parametrize(
     ("rewards", "trees"),
-    [([1.0, 2.0], [0]), ([], []), ([1.0, float("nan")], [0, 0]), ([float("inf"), 0.0], [0, 0]), ([[1.0, 2.0]], [[0, 0]])],
+    [([1.0, 2.0], [0]), ([], []), ([1.0, math.nan], [0, 0]), ([math.inf, 0.0], [0, 0]), ([[1.0, 2.0]], [[0, 0]])],
 )
 def test_wrong_input_is_refused(rewards, trees):
     with pytest.raises(ValueError):
@@ -151,7 +151,7 @@ def test_clips_are_separate():
 
 
 def test_kl_by_hand():
-    # p = log 0.5, q = log 0.25: exp(q - p) - (q - p) - 1 = 0.5 + log 2 - 1. Advantage 0, so the loss is beta times that.
+    # p = log 0.5, q = log 0.25: exp(q - p) - (q - p) - 1 = 0.5 + log 2 - 1. With A = 0 the loss is beta times that.
     logp, ref = torch.log(torch.tensor([[0.5]])).requires_grad_(), torch.log(torch.tensor([[0.25]]))
     loss, stats = grpo_loss(logp, logp.detach(), ref, torch.zeros(1), torch.ones(1, 1), kl_coef=0.1)
     assert loss.item() == pytest.approx(0.1 * (math.log(2) - 0.5), abs=1e-6)
@@ -191,7 +191,7 @@ def test_proposition_3_1_direction():
     assert torch.nn.functional.cosine_similarity(-grpo_logits.grad, policy, 0).item() == pytest.approx(1, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------- exactness of sampling and training
+# ------------------------------------------------------------------------------------ exactness of sampling and training
 def grow(model, generator, rng, prompts=(3, 17, 30), chains=4, top_p=1.0, temperature=1.0):
     """Trees with observations of different lengths, forks at the root and inside, and a tool answer that is empty."""
     roots, counts = [], Counter()
@@ -374,7 +374,8 @@ def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture,
     loss = 0.0
     for item, (index, mask) in zip(samples, packed.paths):
         old, ref = shifted(logps[index])
-        loss = loss + item.weight * grpo_loss(logps[index], old, ref, torch.stack(item.advantages), mask, 0.1, 0.2, 0.3)[0]
+        A = torch.stack(item.advantages)
+        loss = loss + item.weight * grpo_loss(logps[index], old, ref, A, mask, 0.1, 0.2, 0.3)[0]
     loss.backward()
 
     separate = 0.0
@@ -418,7 +419,8 @@ def batch_of(seed=2, flat=False):
     model, plain = tiny_qwen("qwen2", torch.float64)
     roots, _ = grow(model, torch.Generator().manual_seed(seed), random.Random(seed))
     torch.manual_seed(1)
-    samples = [Sample(r, r.leaves(), list(torch.randn(len(r.leaves())).double()), 1 / len(r.leaves()) / 3) for r in roots]
+    sizes = [len(root.leaves()) for root in roots]
+    samples = [Sample(root, root.leaves(), list(torch.randn(n).double()), 1 / n / 3) for root, n in zip(roots, sizes)]
     if flat:
         samples[1] = samples[1]._replace(advantages=[torch.zeros((), dtype=torch.float64) for _ in samples[1].leaves])
     return model, plain, samples
