@@ -6,7 +6,6 @@
 
     python tree_grpo.py                                                a tiny Qwen learns to use a search tool, on a CPU
     python tree_grpo.py --model Qwen/Qwen2.5-1.5B --data hotpot.json   a Qwen from the hub on HotpotQA, on one GPU
-
 Advantages (Eq. 6, 7): tree_advantages. Loss (Eq. 8): grpo_loss. Search: tree_rollout. Branches that share the KV of
 what they have in common: Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. The loop: train.
 Left out: several processes, several steps per epoch, learning rate schedules beyond a warm-up."""
@@ -50,7 +49,7 @@ class Args:
     data: str = arg("", "HotpotQA, 2WikiMultihopQA or MuSiQue file (default: built-in questions)")
     search_url: str = arg("", "Search-R1 compatible server, http://host:port/retrieve (default: BM25 over the data)")
     method: str = arg("tree_grpo", "grpo: M independent chains, no expansion", choices=("tree_grpo", "grpo"))
-    advantage: str = arg("both", "terms of A_tree to use", choices=("both", "intra", "inter"))
+    advantage: str = arg("both", "terms of A_tree to use (grpo has only inter)", choices=("both", "intra", "inter"))
     M: int = arg(2, "independent chains per prompt, each the trunk of a tree", low=1)
     N: int = arg(2, "nodes expanded per tree and round")
     L: int = arg(1, "rounds of expansion")
@@ -67,12 +66,12 @@ class Args:
     top_p: float = arg(1.0, "nucleus of the draws in training", low=1e-9, high=1)
     max_turns: int = arg(4, "agent steps per path, the answer included", low=1)
     turn_tokens: int | None = arg(None, "most tokens the policy writes in a turn (default: 500; built-in: 32)", low=1)
-    info_tokens: int = arg(500, "most tokens of an observation", low=1)
+    info_tokens: int = arg(500, "most tokens of an observation", low=16)
     topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
     hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
     hard: str = arg("anywhere", "where the built-in questions are hard", choices=("anywhere", "late"))
     sft_steps: int = arg(250, "supervised steps that warm-start the built-in model")
-    eval_prompts: int = arg(200, "held-out questions (of --data at most a fifth)", low=1)
+    eval_prompts: int = arg(200, "held-out questions (of --data a fifth, rounded up, at most)", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
     micro_tokens: int = arg(16384, "most tokens per forward and backward (a prompt's tree is never split)", low=1)
@@ -201,7 +200,6 @@ def prefill(model, roots: list[Node]) -> None:
 MOST_SCORES = 2**28  # elements of a score matrix in the sampler
 class Lanes:
     """Branches in flight: a row per prompt, a lane per branch. It is itself the attention of every layer.
-
     A prompt's KV is held once per row (`shared`); each lane has a block of its own (`own`) with its own length. A new
     token attends to both: two score matrices, one softmax. Query heads are folded onto their KV head, so shared keys
     are read once for all lanes of a row. A branch recomputes nothing: its block is copied from the nodes above it."""
@@ -214,7 +212,7 @@ class Lanes:
         self.length = [sum(node.cached for node in path) for path in paths]
         self.new = [[t for node in path for t in node.tokens[node.cached :]] for path in paths]  # not forwarded so far
         self.prompt = torch.tensor([root.cached for root in rows], device=model.device)
-        first, room = next(iter(rows)), max(self.length) + 32
+        first, room = next(iter(rows)), max(n + len(new) for n, new in zip(self.length, self.new)) + 32
         layers, two, heads, _, size = first.kv.shape
         self.shared = first.kv.new_zeros(layers, two, len(rows), heads, max(root.cached for root in rows), size)
         self.own = first.kv.new_zeros(layers, two, len(rows), heads, self.W, room, size)
@@ -243,8 +241,8 @@ class Lanes:
         self.length = [n + len(tokens) for n, tokens in zip(self.length, new)]
         self.seen = max(self.length)
         if self.seen >= room:  # the last slot is where pads are written, and is never read
-            room += self.seen
-            self.own, self.hidden = F.pad(self.own, (0, 0, 0, self.seen)), F.pad(self.hidden, (0, 0, 0, self.seen))
+            more, room = self.seen - room + 64, self.seen + 64
+            self.own, self.hidden = F.pad(self.own, (0, 0, 0, more)), F.pad(self.hidden, (0, 0, 0, more))
         column, lane = torch.arange(width, device=device), torch.arange(B, device=device)[:, None]
         slot = start + column
         to = torch.where(column < count, slot, room - 1)
@@ -357,7 +355,6 @@ class Sample(NamedTuple):
 
 class Packed:
     """Trees as one row of their unique tokens. It is itself the attention of every layer.
-
     A segment is a run of tokens without a branch. Its queries see the keys of its path, which are gathered for all
     segments of like length in one batched call. Path slot j holds the token at position j: visible is j <= position."""
     def __init__(self, samples: list[Sample], device):
@@ -441,9 +438,8 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     r = exp(logp - old_logp), p = logp, q = ref_logp. Returns the sum over sequences of the mean over each sequence's
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
-    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, and a ValueError if kl_coef is not 0. The
-    statistics are detached sums over sampled tokens, to be added up over calls: tokens, clipped (those whose gradient
-    the clip removes), kl (nats)."""
+    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, ValueError unless kl_coef is 0. The stats
+    are sums over sampled tokens, to be added over calls: tokens, clipped (without gradient for the clip), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
@@ -682,6 +678,8 @@ class Agent:
             starts = [(question, self.root(question), 0) for question in self.held_out]
             for i in range(0, len(starts), 128):
                 self.play(starts[i : i + 128], generator, temperature, 1.0, Counter())
+                for node in (node for _, root, _ in starts[i : i + 128] for node in root.below()):
+                    node.kv = node.hidden = None
             row[name] = sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts) / len(starts)
         return row
 
@@ -806,7 +804,8 @@ def load_model(path: str, device: torch.device, flag: str = "--model"):
 def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     """A Qwen2 of 0.4M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
     from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging
+    logging.disable_progress_bar()
     tokenizer = Qwen2Tokenizer({t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, [])
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
@@ -871,8 +870,6 @@ def resume_run(args, given: set[str]):
     run.update({name: getattr(args, name) for name in given & {"steps", "device"}})
     if differs := [name for name in sorted(given) if getattr(args, name) != run[name]]:
         raise BadInput(f"--{differs[0].replace('_', '-')}: this run was started with {run[differs[0]]!r}; leave it out")
-    if run["steps"] < state["step"]:
-        raise BadInput(f"--steps {run['steps']}: the run has made {state['step']} already; give at least as many")
     return type(args)(**run), str(folder), state
 
 def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
@@ -899,19 +896,18 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         log(*read_metrics(out, first), name="metrics.tmp", mode="w")
         (out / "metrics.tmp").replace(out / "metrics.jsonl")
     else:
-        measure(0)
+        log()  # the file is there before the checkpoint
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
+    if not read_metrics(out):
+        measure(0)
     before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        try:
-            groups, row = rollout(step)
-            samples = credit(step, groups)
-            row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
-        except FloatingPointError as error:
-            raise SystemExit(f"stopped before step {step + 1}: {error}. {out} has a checkpoint; try a lower --lr")
+        groups, row = rollout(step)
+        samples = credit(step, groups)
+        row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
         for copied, master in zip(policy.parameters(), model.parameters() if policy is not model else ()):
             copied.data.copy_(master.data)
         row.update(lr=lr, seconds=time.perf_counter() - began)
@@ -928,9 +924,9 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
             bar.close()
             print(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
             raise SystemExit(130)
-    if read_metrics(out)[-1]["event"] == "train":
-        measure(args.steps)
     signal.signal(signal.SIGINT, before)
+    if read_metrics(out)[-1]["event"] == "train":
+        measure(max(first, args.steps))
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
 
@@ -985,7 +981,9 @@ def main(argv: list[str]) -> None:
     if args.grad_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
-    policy = model if args.dtype == "float32" else copy.deepcopy(model).to(torch.bfloat16)
+    policy = model if args.dtype == "float32" else copy.deepcopy(model)
+    for parameter in policy.parameters() if policy is not model else ():  # not the buffers: RoPE needs float32
+        parameter.data = parameter.data.to(torch.bfloat16)
     agent = Agent(policy, tokenizer, args, training, held_out)
     train(args, state, model, policy, reference, tokenizer, agent.rollout, agent.credit, agent.evaluate, agent.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens", "tool_calls"))
@@ -996,5 +994,7 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except FloatingPointError as error:
+        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try a lower --lr")
     except KeyboardInterrupt:
         sys.exit(130)

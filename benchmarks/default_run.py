@@ -63,12 +63,12 @@ def main() -> None:
         tree_grpo.Agent.credit = credit
         print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] for arm, runs in results.items()}}), flush=True)
     print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
+    warm = [rows[0] for rows, _ in results["Tree-GRPO"]]  # evaluations of the warm start that all three arms begin with
     for arm, runs in results.items():
         columns = []
-        for seed, (rows, wall) in zip(options.seeds, runs):
-            evals = [row for row in rows if row["event"] == "eval"]
-            before = evals[0] if arm != "supervised" else results["Tree-GRPO"][len(columns)][0][0]  # the same warm start
-            columns.append([row[name] for name in ("success", "greedy_success") for row in (before, evals[-1])] + [wall])
+        for seed, before, (rows, wall) in zip(options.seeds, warm, runs):
+            ends = [row[name] for name in ("success", "greedy_success") for row in (before, rows[-1])]
+            columns.append([*ends, wall])
             print(f"| {arm} | {seed} | " + " | ".join(f"{x:.3f}" for x in columns[-1][:4]) + f" | {wall:.0f} |")
         if len(columns) > 1:
             spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in list(zip(*columns))[:4]]

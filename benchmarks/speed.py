@@ -29,24 +29,21 @@ from tree_grpo import Node, Packed, Sample, grpo_loss, packed_logps
 
 SAMPLING = [(8, 16, 64, 96), (8, 6, 200, 60), (4, 30, 400, 64), (16, 4, 64, 32), (16, 2, 16, 64)]
 STARS = [(8, 16, 64, 96, 128), (8, 16, 192, 48, 128), (4, 30, 32, 24, 128), (4, 6, 200, 60, 256), (2, 16, 400, 64, 512)]
-TREES = [(2, 2, 1, 1), (2, 2, 2, 1), (4, 4, 1, 1), (2, 2, 1, 4), (2, 2, 2, 4), (4, 4, 1, 4)]  # M, N, L, topk
-
+TREES = [(2, 2, 1), (2, 2, 2), (4, 4, 1), (2, 4, 2)]  # M, N, L, each with 1 and with 4 passages per search (topk)
 
 # ------------------------------------------------------------------------------------------------------------- helpers
 def timed(ways: list, repeats: int, device: torch.device) -> list[float]:
     """Median seconds of each function, called in turns after one untimed call each."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = [[] for _ in ways]
-    for repeat in range(repeats + 1):
+    for _ in range(repeats + 1):
         for way, times in zip(ways, seconds):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            wait()
             began = time.perf_counter()
             way()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            if repeat:
-                times.append(time.perf_counter() - began)
-    return [statistics.median(times) for times in seconds]
+            wait()
+            times.append(time.perf_counter() - began)
+    return [statistics.median(times[1:]) for times in seconds]
 
 def table(*columns: str) -> None:
     print("\n" + "| " + " | ".join(columns) + " |\n|" + "---|" * len(columns), flush=True)
@@ -75,7 +72,6 @@ def plain_copy(model):
 
 def random_tokens(n: int, rng: random.Random) -> list[int]:
     return [rng.randrange(1, 500) for _ in range(n)]
-
 
 # --------------------------------------------------------------------------------------------------------- A. sampling
 def generate_and_sample(model, plain, shape: tuple[int, int, int, int], device: torch.device) -> list:
@@ -117,7 +113,6 @@ def sampling(device: torch.device, repeats: int) -> None:
     verdict("`sample` at least as fast as `generate` where the prompt is shorter than the leaf", short)
     verdict("`sample` at least twice as fast where the prompt is longer", long)
 
-
 # --------------------------------------------------------------------------------------------------------- B. training
 def star(rows: int, leaves: int, prompt: int, leaf: int) -> list[Sample]:
     """Trees without inner forks: random prompts, and below each its leaves, which are sampled throughout."""
@@ -154,12 +149,11 @@ def compare(model, plain, samples: list[Sample], repeats: int, device: torch.dev
     with torch.no_grad():  # old log-probs a little off the present ones, so that the loss depends on these
         old = packed_logps(model, packed)
         old += 0.1 * torch.randn_like(old)
-    old = [old[index] for index, _ in packed.paths]
-    masks = [mask for _, mask in packed.paths]
+    parts = [(item, old[index], mask) for item, (index, mask) in zip(samples, packed.paths)]
 
     def backward(model, logps: list[torch.Tensor]) -> torch.Tensor:
         loss = 0.0
-        for item, logp, before, mask in zip(samples, logps, old, masks):
+        for (item, before, mask), logp in zip(parts, logps):
             advantages = torch.stack(list(item.advantages)).to(device)
             loss = loss + grpo_loss(logp, before, None, advantages, mask)[0] * item.weight
         model.zero_grad()
@@ -203,7 +197,7 @@ def training(device: torch.device, repeats: int, built_in) -> None:
         report((f"{rows} x {leaves} x ({prompt} + {leaf}), {width}",), *result, False)
     table("the script's own trees, 16 prompts", "leaves", *columns)
     model, tokenizer = built_in
-    for M, N, L, topk in TREES:
+    for topk, (M, N, L) in itertools.product((1, 4), TREES):
         agent = tree_grpo.Agent(model, tokenizer, own_args(device, M=M, N=N, L=L, topk=topk), [], [])
         samples = agent.credit(0, agent.rollout(0)[0])
         torch.manual_seed(0)  # other advantages, as flat groups have no gradient, which could not be compared
@@ -212,7 +206,6 @@ def training(device: torch.device, repeats: int, built_in) -> None:
         report(name, *compare(model, plain_copy(model), samples, repeats, device), True)
     verdict("packed never slower than padded", slower)
     verdict("on the script's own trees with r >= 2 at least 0.6 r times as fast", behind)
-
 
 # ------------------------------------------------------------------------------------------------------ C. a whole step
 def own_args(device: torch.device, **changes):
@@ -225,19 +218,17 @@ def whole_step(device: torch.device, repeats: int, built_in) -> None:
     table("rollout, s", "credit and update, s", "generated tokens", "per second of rollout", "per second of the step")
     (model, tokenizer), args = built_in, own_args(device)
     reference = copy.deepcopy(model).requires_grad_(False)
-    agent, grown, tokens = tree_grpo.Agent(model, tokenizer, args, [], []), [], []
+    agent, grown = tree_grpo.Agent(model, tokenizer, args, [], []), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9)  # so that the policy stays what it is
 
     def rollout():
-        groups, counts = agent.rollout(0)
-        tokens.append(counts["generated_tokens"])
-        grown.append(groups)
+        grown.append(agent.rollout(0))
 
     def learn():
-        tree_grpo.update(model, reference, optimizer, agent.credit(0, grown[-1]), args)
+        tree_grpo.update(model, reference, optimizer, agent.credit(0, grown[-1][0]), args)
 
     first, second = timed([rollout, learn], repeats, device)
-    n = tokens[-1]
+    n = grown[-1][1]["generated_tokens"]
     row(f"{first:.3f}", f"{second:.3f}", n, f"{n / first:,.0f}", f"{n / (first + second):,.0f}")
 
 def main() -> None:
@@ -257,7 +248,6 @@ def main() -> None:
         built_in = tree_grpo.built_in_model(own_args(device), device, Path(folder))
         training(device, args.repeats, built_in)
         whole_step(device, args.repeats, built_in)
-
 
 if __name__ == "__main__":
     main()

@@ -36,8 +36,8 @@ def tiny_qwen(kind: str, dtype=torch.float32, vocab_size: int = 50):
 
 def plain_logps(plain, path) -> torch.Tensor:
     """Log-probs of the sampled tokens of a path (root to leaf), by an ordinary forward of that path alone."""
-    tokens = torch.tensor([[token for node in path for token in node.tokens]])
-    sampled = torch.tensor([drawn for node in path for drawn in node.sampled])[1:]
+    tokens = torch.tensor([[token for node in path for token in node.tokens]], device=plain.device)
+    sampled = torch.tensor([drawn for node in path for drawn in node.sampled], device=plain.device)[1:]
     logps = plain(tokens).logits[0, :-1].log_softmax(-1)
     return logps.gather(-1, tokens[0, 1:, None])[:, 0][sampled]
 

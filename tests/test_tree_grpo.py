@@ -1,5 +1,6 @@
 """Tree-GRPO's mathematics on hand-worked trees, the exactness of sampling and of packed training, and the rollout."""
 
+import copy
 import itertools
 import math
 import random
@@ -184,6 +185,8 @@ def test_proposition_3_1_direction():
     policy = torch.autograd.grad(expected_gain, logits, retain_graph=True)[0]
     dpo = torch.autograd.grad(torch.nn.functional.logsigmoid(p[0].log() - p[1].log()), logits)[0]
     assert torch.nn.functional.cosine_similarity(policy, dpo, 0).item() == pytest.approx(1, abs=1e-6)
+    apart = torch.autograd.grad(logits.log_softmax(-1)[0] - logits.log_softmax(-1)[1], logits)[0]
+    assert torch.allclose(policy, (p[0] * p[1]).detach() * apart, atol=1e-6)  # with the proposition's own weight
     grpo_logits = logits.detach().clone().requires_grad_()
     logps = grpo_logits.log_softmax(-1)[:, None]  # both outcomes seen once: the intra z-scores are +-1/sqrt(2)
     A = tree_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), terms="intra")
@@ -191,7 +194,7 @@ def test_proposition_3_1_direction():
     assert torch.nn.functional.cosine_similarity(-grpo_logits.grad, policy, 0).item() == pytest.approx(1, abs=1e-6)
 
 
-# ------------------------------------------------------------------------------------ exactness of sampling and training
+# ----------------------------------------------------------------------------------- exactness of sampling and training
 def grow(model, generator, rng, prompts=(3, 17, 30), chains=4, top_p=1.0, temperature=1.0):
     """Trees with observations of different lengths, forks at the root and inside, and a tool answer that is empty."""
     roots, counts = [], Counter()
@@ -210,7 +213,7 @@ def grow(model, generator, rng, prompts=(3, 17, 30), chains=4, top_p=1.0, temper
         node.add([rng.randrange(2, 50) for _ in range(n)])
     second = [Node(node) for node in going]
     play(second)
-    play([Node(node) for node in (roots[0], going[0], going[0], going[1], roots[2])])  # forks recompute nothing
+    play([Node(node) for node in (roots[0], going[0], going[0], going[1], roots[-1])])  # forks recompute nothing
     for node in second[:2]:
         node.add([3, 4])
     play([Node(second[0]), Node(second[1]), Node(going[2])])  # one lane with an observation to take in, one without
@@ -228,6 +231,39 @@ def test_sampler_logps_are_those_of_a_plain_forward(architecture, dtype, toleran
         with torch.no_grad():
             expected = plain_logps(plain, leaf.path())
         assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_sampler_and_packed_training_on_cuda(architecture):
+    model, plain = (m.to("cuda") for m in tiny_qwen(architecture))
+    roots, _ = grow(model, torch.Generator("cuda").manual_seed(0), random.Random(0))
+    samples = [Sample(root, root.leaves(), [torch.ones(())] * len(root.leaves()), 1.0) for root in roots]
+    logps = packed_logps(model, packed := Packed(samples, "cuda"))
+    for item, (index, mask) in zip(samples, packed.paths):
+        for leaf, row, kept in zip(item.leaves, logps[index], mask):
+            stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+            with torch.no_grad():
+                expected = plain_logps(plain, leaf.path())
+            assert torch.allclose(torch.tensor(stored, device="cuda"), expected, atol=1e-3, rtol=0)
+            assert torch.allclose(row[kept], expected, atol=1e-3, rtol=0)
+    trained(model, samples, dtype="bfloat16")
+
+
+def test_bfloat16_copy_keeps_the_positions_exact(architecture):
+    # As main makes it: the parameters are cast, the frequencies of RoPE are not, else long contexts drift apart.
+    model, plain = tiny_qwen(architecture)
+    policy = copy.deepcopy(model)
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    assert policy.model.rotary_emb.inv_freq.dtype == torch.float32
+    roots, _ = grow(policy, torch.Generator().manual_seed(0), random.Random(0), prompts=(30, 400))
+    gaps = []
+    for root in roots:
+        leaf = root.leaves()[0]
+        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+        with torch.no_grad():
+            gaps.append((torch.tensor(stored) - plain_logps(plain, leaf.path())).abs().mean().item())
+    assert max(gaps) < 0.5 and gaps[1] < 4 * gaps[0] + 0.05  # bfloat16 rounds, but no more far from the beginning
 
 
 def test_logps_are_at_temperature_one_whatever_is_drawn():

@@ -643,7 +643,7 @@ def test_a_run_that_breaks_its_weights_stops_and_says_so(quick_run, whole, tmp_p
     arguments = [*SMALL, *FIVE, "--epochs", "1", "--warmup", "0", "--lr", lr, "--model", str(whole[0] / "start")]
     result = quick_run(tmp_path, *arguments, "--out", "out")
     assert result.returncode not in (0, 2) and "Traceback" not in result.stderr, result.stderr[-3000:]
-    assert "stopped before step 2" in result.stderr.splitlines()[-1] and "--lr" in result.stderr.splitlines()[-1]
+    assert "stopped before the step" in result.stderr.splitlines()[-1] and "--lr" in result.stderr.splitlines()[-1]
     assert [row["step"] for row in metrics(tmp_path / "out")] == [0, 1]
     assert list((tmp_path / "out").glob("checkpoint-*/state.pt")) and not (tmp_path / "out" / "final").exists()
 
