@@ -802,7 +802,7 @@ def load_model(path: str, device: torch.device, flag: str = "--model"):
     return model.to(device).eval(), tokenizer
 
 def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
-    """A Qwen2 of 0.4M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
+    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging
     logging.disable_progress_bar()
