@@ -5,7 +5,8 @@ B. Training on each token of a tree once, against the leaves as a right-padded b
 C. A whole step of the built-in task.
 
 What is compared takes turns within one run (A B A B), so a machine that slows down does so for both; times are medians.
-Look at the ratios, not at the seconds.
+Look at the ratios, not at the seconds. Where other processes use the same cores, start it with OMP_WAIT_POLICY=passive:
+else threads that spin while they wait for each other make everything several times slower, and the ratios meaningless.
 """
 
 import argparse
