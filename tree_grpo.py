@@ -963,7 +963,7 @@ def main(argv: list[str]) -> None:
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
     training = read_questions(args.data) if args.data else []
     rng.shuffle(training)
-    while len(held_out) < args.eval_prompts and len(training) > 4 * len(held_out):  # a fifth at most
+    while len(held_out) < args.eval_prompts and len(training) > 4 * len(held_out):  # a fifth, rounded up
         held_out.append(training.pop())
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
