@@ -407,11 +407,13 @@ class Packed:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
         H, D, h = q.shape[1], q.shape[3], k.shape[1]
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
+        if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
+            self.masks = [q.new_zeros(()).where(visible.repeat(1, H // h, 1), -torch.inf)[:, None]
+                          for _, _, visible in self.buckets]
         out = []
-        for queries, keys, visible in self.buckets:
+        for (queries, keys, _), mask in zip(self.buckets, self.masks):
             n, width = queries.shape
             folded = q[queries].view(n, width, h, H // h, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
-            mask = visible.repeat(1, H // h, 1)[:, None]
             ks, vs = k[keys].transpose(1, 2), v[keys].transpose(1, 2)
             o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
             out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
@@ -672,16 +674,14 @@ class Agent:
 
     def evaluate(self) -> dict[str, float]:
         """Share of held-out questions answered by one chain each, at temperature 1 and greedily."""
-        row = {}
+        right = Counter()
         for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
             generator = torch.Generator(self.model.device).manual_seed(0)
-            starts = [(question, self.root(question), 0) for question in self.held_out]
-            for i in range(0, len(starts), 128):
-                self.play(starts[i : i + 128], generator, temperature, 1.0, Counter())
-                for node in (node for _, root, _ in starts[i : i + 128] for node in root.below()):
-                    node.kv = node.hidden = None
-            row[name] = sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts) / len(starts)
-        return row
+            for i in range(0, len(self.held_out), 128):
+                starts = [(question, self.root(question), 0) for question in self.held_out[i : i + 128]]
+                self.play(starts, generator, temperature, 1.0, Counter())
+                right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
+        return {name: n / len(self.held_out) for name, n in right.items()}
 
     def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
         """("tree.md", Mermaid): a prompt's trees, in green or red by the mean advantage of the leaves below a node."""
