@@ -1,0 +1,229 @@
+"""When does a tree of rollouts pay? tree_grpo.py on its built-in task, the tree beside chains that cost as much.
+
+    python benchmarks/learning.py                      make the runs that are missing, two at a time; then report
+    python benchmarks/learning.py main --seeds 7 8     the same of one experiment and these seeds
+    python benchmarks/learning.py --report             no runs: tables of results/learning.jsonl, and the figures
+
+Arms: "tree" is Tree-GRPO (M = 2, N = 2, L = 1: 6 leaves); "chains" is GRPO with about as many generated tokens per
+prompt (4 chains); "group" is GRPO with as many leaves per prompt (6 chains); "intra" is the tree without A_inter. Each
+arm generates `budget` tokens in every update: the number of prompts follows from what a prompt has cost in the updates
+before. All start from the seed's own warm-started model and share all other flags. The score of a run is its success
+at temperature 1 on 200 held-out questions, averaged over ten evaluations on the way; arms are compared seed by seed.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+import tree_grpo
+
+RESULTS = Path(__file__).resolve().parent / "results"
+EVALUATIONS = 10
+
+def shapes(M: int, chains: int, group: int) -> dict[str, list]:
+    tree = ["--M", M, "--N", 2, "--L", 1]
+    return {"tree": tree, "chains": ["--method", "grpo", "--M", chains], "group": ["--method", "grpo", "--M", group],
+            "intra": [*tree, "--advantage", "intra"]}
+
+BASE = {"hard": "late", "steps": 100, "budget": 1000, "counted": "generated_tokens", "repeat": 1, "lr": 5e-4}
+ANYWHERE, ALL = {**BASE, "hard": "anywhere", "steps": 40}, ("tree", "chains", "group", "intra")
+EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and what the run is told
+    "main": {"errors anywhere": (shapes(2, 4, 6), ALL, ANYWHERE), "error last": (shapes(2, 4, 6), ALL, BASE)},
+    "budget": {f"error last, {n} chains": (shapes(n // 2, n, 3 * n // 2), ALL[:3], BASE) for n in (2, 8)},
+    "observations": {"error last, observations x 4, equal forwarded tokens": (
+        shapes(2, 4, 6), ALL[:3], {**BASE, "repeat": 4, "budget": 4000, "counted": "forwarded_tokens"})},
+    "hops": {"error last, 2 to 4 hops": (shapes(2, 4, 6), ALL[:3], {**BASE, "hops": 4, "max_turns": 5})},
+    "rates": {f"errors {task['hard']}, lr {lr:g}": (shapes(2, 4, 6), ALL[:2], {**task, "lr": lr})
+              for task in (ANYWHERE, BASE) for lr in (2.5e-4, 5e-4, 1e-3)}}
+SEEDS = {"main": range(8), "rates": range(100, 103)}  # the rate was chosen on seeds of its own
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)  # from 2 runs on
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+class Agent(tree_grpo.Agent):
+    """The script's agent, with a token budget per update, observations said `repeat` times, and more in its log."""
+    repeat, budget, counted = 1, 0, ""
+    price = 0.0  # what a prompt costs
+
+    def observation(self, found: str) -> list[int]:
+        return super().observation(", ".join([found] * self.repeat))
+
+    def rollout(self, step: int):
+        if not self.price:  # at first from a batch that is not used
+            self.price = super().rollout(step)[1][self.counted] / self.args.prompts
+        self.args.prompts = max(1, round(self.budget / self.price))
+        began = time.process_time()
+        groups, row = super().rollout(step)
+        row["rollout_cpu"] = time.process_time() - began
+        self.price = 0.7 * self.price + 0.3 * row[self.counted] / len(groups)
+        nodes = [node for _, root in groups for node in root.below()]
+        turns = [sum(sum(node.sampled) for node in nodes if len(node.path()) == turn + 2) for turn in range(5)]
+        self.row = {**row, "prompts": len(groups), "turns": turns, "unique_tokens": tree_grpo.length(nodes)}
+        return groups, self.row
+
+    def credit(self, step: int, groups):
+        samples = super().credit(step, groups)
+        advantages = [float(a) for item in samples for a in item.advantages]
+        self.row["signal"] = sum(map(bool, advantages)) / len(advantages)
+        return samples
+
+def timed_update(*arguments, update=tree_grpo.update) -> dict[str, float]:
+    began = time.process_time()
+    return {**update(*arguments), "update_cpu": time.process_time() - began}
+
+def flags(arguments: dict) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
+
+def run_seed(job: tuple) -> None:
+    """The missing arms of one setting and seed, from one warm start, in a process of its own."""
+    experiment, setting, seed, missing = job
+    commands, _, told = EXPERIMENTS[experiment][setting]
+    told = dict(told)
+    for name in ("repeat", "budget", "counted"):
+        setattr(Agent, name, told.pop(name))
+    torch.set_num_threads(1)
+    tree_grpo.Agent, tree_grpo.update = Agent, timed_update
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
+            contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
+        args = tree_grpo.Args(seed=seed, topk=1, turn_tokens=32, dtype="float32", **told)
+        tree_grpo.built_in_model(args, torch.device("cpu"), Path(folder, "start"))
+        common = flags({"model": f"{folder}/start", "seed": seed, "eval_every": told["steps"] // EVALUATIONS,
+                        "save_every": told["steps"], "device": "cpu", **told})
+        for arm in missing:
+            began = time.perf_counter()
+            tree_grpo.main([*map(str, commands[arm]), *common, "--out", f"{folder}/{arm}"])
+            rows = tree_grpo.read_metrics(Path(folder, arm))
+            result = {"experiment": experiment, "setting": setting, "arm": arm, "seed": seed,
+                      "seconds": round(time.perf_counter() - began, 1)}
+            evals, steps = ([row for row in rows if row["event"] == event] for event in ("eval", "train"))
+            for name in ("success", "greedy_success"):
+                result[name] = [round(row[name], 3) for row in evals]
+            for name in ("prompts", "generated_tokens", "forwarded_tokens", "tool_calls", "unique_tokens",
+                         "rollout_cpu", "update_cpu"):
+                result[name] = round(sum(row[name] for row in steps), 1)
+            result["signal"] = round(statistics.mean(row["signal"] for row in steps), 3)
+            result["turns"] = [sum(row["turns"][i] for row in steps) for i in range(5)]
+            with open(RESULTS / "learning.jsonl", "a") as file:
+                file.write(json.dumps(result) + "\n")
+
+# ------------------------------------------------------------------------------------------------------------- reports
+def read_results() -> dict[tuple, dict[int, dict]]:
+    """(experiment, setting, arm) -> seed -> result."""
+    found, path = {}, RESULTS / "learning.jsonl"
+    for line in path.read_text().splitlines() if path.exists() else []:
+        row = json.loads(line)
+        found.setdefault((row["experiment"], row["setting"], row["arm"]), {})[row["seed"]] = row
+    return found
+
+def score(row: dict) -> float:
+    return statistics.mean(row["success"][1:])  # [0] is the model that all arms start from
+
+def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and half-width of the 95 % interval of the mean (Student's t)."""
+    return f"{statistics.mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
+
+def half_width(values: list[float]) -> float:
+    return T_95[min(len(values), 16) - 2] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+def tables(experiment: str) -> str:
+    found, lines = read_results(), []
+    for setting, (_, arms, told) in EXPERIMENTS[experiment].items():
+        runs = {arm: found.get((experiment, setting, arm), {}) for arm in arms}
+        seeds = sorted(set.intersection(*map(set, runs.values())))
+        if not seeds:
+            continue
+        names = ("arm", "score", "tree − arm", "tree ahead", "sampled after", "greedy after", "prompts per update",
+                 "leaves with A ≠ 0", "generated", "forwarded", "tool calls", "CPU s: sample + train")
+        lines += [f"\n### {setting}: {told['steps']} updates, seeds {min(seeds)} to {max(seeds)} ({len(seeds)})\n",
+                  f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+        for arm in arms:
+            rows = [runs[arm][seed] for seed in seeds]
+            gaps = [score(runs["tree"][seed]) - score(runs[arm][seed]) for seed in seeds]
+            def mean(name, rows=rows):
+                return statistics.mean(row[name] for row in rows)
+            lines.append(
+                f"| {arm} | {interval([score(row) for row in rows])} "
+                f"| {'' if arm == 'tree' else interval(gaps, sign='+')} "
+                f"| {'' if arm == 'tree' else f'{sum(gap > 0 for gap in gaps)} of {len(gaps)}'} "
+                f"| {statistics.mean(row['success'][-1] for row in rows):.3f} "
+                f"| {statistics.mean(row['greedy_success'][-1] for row in rows):.3f} "
+                f"| {mean('prompts') / told['steps']:.1f} | {mean('signal'):.0%} | {mean('generated_tokens'):,.0f} "
+                f"| {mean('forwarded_tokens'):,.0f} | {mean('tool_calls'):,.0f} "
+                f"| {mean('rollout_cpu'):.0f} + {mean('update_cpu'):.0f} |")
+    return "\n".join(lines)
+
+def figures() -> None:
+    """learning.png: the curves of "main"; learning_gaps.png: tree minus the others in every setting."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = read_results()
+    colors = {"tree": "tab:green", "chains": "tab:blue", "group": "tab:orange", "intra": "tab:red"}
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    for axis, (setting, (_, _, told)) in zip(axes, EXPERIMENTS["main"].items()):
+        for arm in ALL:
+            runs = found.get(("main", setting, arm), {})
+            points = list(zip(*(row["success"] for row in runs.values())))
+            x = [i * told["steps"] * told["budget"] / EVALUATIONS / 1000 for i in range(len(points))]
+            means, widths = [statistics.mean(p) for p in points], [half_width(p) for p in points]
+            axis.plot(x, means, label=arm, color=colors[arm])
+            axis.fill_between(x, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
+                              color=colors[arm], alpha=0.15, linewidth=0)
+        axis.set(title=f"{setting} ({len(runs)} seeds)", xlabel="generated tokens, thousands")
+    axes[0].set_ylabel("held-out success at T = 1")
+    axes[1].legend(loc="lower right")
+    figure.savefig(RESULTS / "learning.png", dpi=110)
+    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    rows = [(experiment, setting) for experiment, settings in EXPERIMENTS.items() for setting in settings
+            if experiment != "rates"]
+    for y, (experiment, setting) in enumerate(rows):
+        tree = found.get((experiment, setting, "tree"), {})
+        for shift, arm in zip((-0.2, 0.0, 0.2), ALL[1:]):
+            runs = found.get((experiment, setting, arm), {})
+            if gaps := [score(tree[seed]) - score(runs[seed]) for seed in tree.keys() & runs.keys()]:
+                axis.errorbar(statistics.mean(gaps), y + shift, xerr=half_width(gaps), fmt="o", color=colors[arm],
+                              capsize=3, label=f"tree − {arm}" if y == 0 else None)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(rows)), [setting for _, setting in rows])
+    axis.invert_yaxis()
+    axis.set_xlabel("difference of the mean of the learning curve, 95 % interval over paired seeds")
+    axis.legend(loc="best", fontsize=8)
+    figure.savefig(RESULTS / "learning_gaps.png", dpi=110)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: see SEEDS; else 0 to 5")
+    parser.add_argument("--processes", type=int, default=2, help="runs side by side, each with one thread")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and figures of the results there are")
+    options = parser.parse_args()
+    names, found, jobs = options.experiments or list(EXPERIMENTS), read_results(), []
+    if unknown := set(names) - EXPERIMENTS.keys():
+        parser.error(f"no such experiment: {', '.join(unknown)}")
+    for experiment in names if not options.report else ():
+        for seed in options.seeds or SEEDS.get(experiment, range(6)):
+            for setting, (_, arms, _) in EXPERIMENTS[experiment].items():
+                missing = [arm for arm in arms if seed not in found.get((experiment, setting, arm), {})]
+                jobs += [(experiment, setting, seed, missing)] if missing else []
+    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
+        for _ in tree_grpo.tqdm(pool.imap_unordered(run_seed, jobs), total=len(jobs), disable=not jobs):
+            pass
+    print("Means over the seeds, ± half of the 95 % interval of the mean; sums over a run's training steps.")
+    for experiment in names:
+        print(f"\n## {experiment}\n{tables(experiment)}")
+    figures()
+
+if __name__ == "__main__":
+    main()

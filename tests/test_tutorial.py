@@ -1,0 +1,43 @@
+"""The Python blocks of tutorial.md run, a chapter being one program, and print what the text blocks below them say."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+TUTORIAL = (Path(__file__).parents[1] / "tutorial.md").read_text(encoding="utf-8")
+CHAPTERS = {part.splitlines()[0]: part for part in re.split(r"^# (?=Chapter )", TUTORIAL, flags=re.MULTILINE)[1:]}
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def blocks(chapter: str) -> list[tuple[str, str]]:
+    """(code, what it prints) of each Python block."""
+    return BLOCK.findall(chapter)
+
+
+def run(chapter: str) -> list[tuple[str, str]]:
+    """(printed, expected) of each block, all run in one namespace."""
+    names, results = {"__name__": "tutorial"}, []
+    for code, expected in blocks(chapter):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile(code, "tutorial.md", "exec"), names)  # noqa: S102 (the page is our own)
+        results.append((printed.getvalue(), expected))
+    return results
+
+
+@pytest.mark.parametrize("title", CHAPTERS)
+def test_blocks_print_what_the_page_says(title):
+    for printed, expected in run(CHAPTERS[title]):
+        assert printed == expected
+
+
+def test_every_block_is_found():
+    assert CHAPTERS
+    assert TUTORIAL.count("```python") == sum(len(blocks(chapter)) for chapter in CHAPTERS.values()) > 0
+
+
+def test_a_wrong_number_is_noticed():
+    [(printed, expected)] = run("```python\nprint(1 + 1)\n```\n```text\n3\n```\n")
+    assert (printed, expected) == ("2\n", "3\n")
