@@ -21,8 +21,9 @@ from pathlib import Path
 
 from learning import ALL, BASE, EXPERIMENTS, Agent, flags, interval, torch, tree_grpo  # which sets OMP_NUM_THREADS
 
+ARMS = (*ALL, "inter")  # "inter": the tree without A_intra
 LEARNED = {"errors anywhere": 5, "error last": 40}  # updates after which about half is learned
-BATCHES, REFERENCE = 64, 96
+BATCHES, REFERENCE = 48, 64
 
 def gradient(model, samples) -> torch.Tensor:
     """Of the GRPO loss at ratio 1 without KL, flat."""
@@ -72,7 +73,7 @@ def measure(job: tuple) -> list[tuple]:
         halves[step % 2] = halves[step % 2] + gradient(model, leave_one_out(groups))
     cosine = torch.nn.functional.cosine_similarity
     reference, rows = cosine(*halves, dim=0).item(), []
-    for arm in ALL:
+    for arm in ARMS:
         names = [name[2:] for name in shapes[arm][::2]]
         one = agent(**dict(zip(names, shapes[arm][1::2])))
         gradients, signal = [], []
@@ -99,7 +100,7 @@ def main() -> None:
     print("| task | policy | arm | alignment | agreement | leaves with A ≠ 0 | reference |\n" + "|---" * 7 + "|")
     for setting, updates in LEARNED.items():
         for learned in (0, updates):
-            for arm in ALL:
+            for arm in ARMS:
                 columns = zip(*(row[3:] for row in rows if row[:3] == (setting, learned, arm)))
                 alignment, agreement, signal, reference = map(list, columns)
                 policy = f"after {learned} updates" if learned else "warm start"

@@ -36,7 +36,7 @@ EVALUATIONS = 10
 def shapes(M: int, chains: int, group: int) -> dict[str, list]:
     tree = ["--M", M, "--N", 2, "--L", 1]
     return {"tree": tree, "chains": ["--method", "grpo", "--M", chains], "group": ["--method", "grpo", "--M", group],
-            "intra": [*tree, "--advantage", "intra"]}
+            **{terms: [*tree, "--advantage", terms] for terms in ("intra", "inter")}}
 
 BASE = {"hard": "late", "steps": 100, "budget": 1000, "counted": "generated_tokens", "repeat": 1, "lr": 5e-4}
 ANYWHERE, ALL = {**BASE, "hard": "anywhere", "steps": 40}, ("tree", "chains", "group", "intra")
@@ -49,6 +49,7 @@ EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and wh
     "rates": {f"errors {task['hard']}, lr {lr:g}": (shapes(2, 4, 6), ALL[:2], {**task, "lr": lr})
               for task in (ANYWHERE, BASE) for lr in (2.5e-4, 5e-4, 1e-3)}}
 SEEDS = {"main": range(8), "rates": range(100, 103)}  # the rate was chosen on seeds of its own
+COSTS = ("prompts", "signal", "_tokens", "tool_calls", "_cpu")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)  # from 2 runs on
 
 # ---------------------------------------------------------------------------------------------------------------- runs
@@ -130,39 +131,34 @@ def read_results() -> dict[tuple, dict[int, dict]]:
 def score(row: dict) -> float:
     return statistics.mean(row["success"][1:])  # [0] is the model that all arms start from
 
-def interval(values: list[float], digits: int = 3, sign: str = "") -> str:
+def interval(values: list[float], sign: str = "") -> str:
     """Mean and half-width of the 95 % interval of the mean (Student's t)."""
-    return f"{statistics.mean(values):{sign}.{digits}f} ± {half_width(values):.{digits}f}"
+    return f"{statistics.mean(values):{sign}.3f} ± {half_width(values):.3f}"
 
 def half_width(values: list[float]) -> float:
     return T_95[min(len(values), 16) - 2] * statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 def tables(experiment: str) -> str:
-    found, lines = read_results(), []
+    """What was learned, and what it cost, of the seeds for which all arms of a setting have run."""
+    found, learned, costs = read_results(), [], []
     for setting, (_, arms, told) in EXPERIMENTS[experiment].items():
         runs = {arm: found.get((experiment, setting, arm), {}) for arm in arms}
         seeds = sorted(set.intersection(*map(set, runs.values())))
-        if not seeds:
-            continue
-        names = ("arm", "score", "tree − arm", "tree ahead", "sampled after", "greedy after", "prompts per update",
-                 "leaves with A ≠ 0", "generated", "forwarded", "tool calls", "CPU s: sample + train")
-        lines += [f"\n### {setting}: {told['steps']} updates, seeds {min(seeds)} to {max(seeds)} ({len(seeds)})\n",
-                  f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-        for arm in arms:
+        for arm in arms if seeds else ():
             rows = [runs[arm][seed] for seed in seeds]
             gaps = [score(runs["tree"][seed]) - score(runs[arm][seed]) for seed in seeds]
-            def mean(name, rows=rows):
-                return statistics.mean(row[name] for row in rows)
-            lines.append(
-                f"| {arm} | {interval([score(row) for row in rows])} "
-                f"| {'' if arm == 'tree' else interval(gaps, sign='+')} "
-                f"| {'' if arm == 'tree' else f'{sum(gap > 0 for gap in gaps)} of {len(gaps)}'} "
-                f"| {statistics.mean(row['success'][-1] for row in rows):.3f} "
-                f"| {statistics.mean(row['greedy_success'][-1] for row in rows):.3f} "
-                f"| {mean('prompts') / told['steps']:.1f} | {mean('signal'):.0%} | {mean('generated_tokens'):,.0f} "
-                f"| {mean('forwarded_tokens'):,.0f} | {mean('tool_calls'):,.0f} "
-                f"| {mean('rollout_cpu'):.0f} + {mean('update_cpu'):.0f} |")
-    return "\n".join(lines)
+            ends = [interval([row[name][-1] for row in rows]) for name in ("success", "greedy_success")]
+            against = ["", ""] if arm == "tree" else [interval(gaps, "+"), f"{sum(g > 0 for g in gaps)} of {len(gaps)}"]
+            learned.append([setting, arm, interval([score(row) for row in rows]), *against, *ends])
+            mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name.endswith(COSTS)}
+            costs.append([setting, arm, f"{mean['prompts'] / told['steps']:.1f}", f"{mean['signal']:.0%}",
+                          *(f"{mean[name]:,.0f}" for name in ("generated_tokens", "forwarded_tokens", "tool_calls")),
+                          f"{mean['rollout_cpu']:.1f}", f"{mean['update_cpu']:.1f}"])
+    heads = (("setting", "arm", "score", "tree − arm", "tree ahead", "sampled after", "greedy after"),
+             ("setting", "arm", "prompts per update", "leaves with A ≠ 0", "generated tokens", "forwarded tokens",
+              "tool calls", "CPU s sampling", "CPU s training"))
+    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+                       for head, rows in zip(heads, (learned, costs)))
 
 def figures() -> None:
     """learning.png: the curves of "main"; learning_gaps.png: tree minus the others in every setting."""
@@ -222,7 +218,7 @@ def main() -> None:
             pass
     print("Means over the seeds, ± half of the 95 % interval of the mean; sums over a run's training steps.")
     for experiment in names:
-        print(f"\n## {experiment}\n{tables(experiment)}")
+        print(f"\n## {experiment}\n\n{tables(experiment)}")
     figures()
 
 if __name__ == "__main__":
