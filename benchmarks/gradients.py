@@ -1,13 +1,15 @@
 """Why a tree of rollouts pays, or does not: how well one update's gradient points, at a fixed policy.
 
-    python benchmarks/gradients.py --seeds 200 201       prints a Markdown table
+    python benchmarks/gradients.py                  all settings of learning.py; prints a Markdown table
+    python benchmarks/gradients.py main --seeds 7   those of one experiment
 
-For each seed and task there are two policies: the warm start, and the same after some updates of GRPO on 4 chains. At
-each, every arm of learning.py draws batches that cost the same number of generated tokens, and the gradient of its loss
-is taken, without a step. "alignment" is the mean cosine of a batch's gradient with the gradient of the expected reward,
+For each seed and setting there is a policy: the warm start (in "main" only), and the same after some updates of GRPO on
+4 chains. At each, every arm draws batches that cost the same number of tokens, and the gradient of its loss is taken,
+without a step. "alignment" is the mean cosine c of a batch's gradient with the gradient of the expected reward,
 estimated from many more chains by REINFORCE with leave-one-out baselines; "agreement" is the mean cosine of two batches
-of the same arm. While they are small, alignment grows with the square root of the batch and agreement with the batch.
-"reference" is the cosine between two halves of that estimate: its noise lowers the alignments of all arms alike.
+of the same arm. "worth" is the batch of chains, in batches, that would be aligned as well, if c^2 / (1 - c^2) grows in
+proportion to the batch, as it does for an unbiased estimate. "reference" is the cosine between two halves of the
+reward's gradient: its noise lowers the alignments of all arms alike. The arm "inter" is the tree without A_intra.
 """
 
 import argparse
@@ -19,11 +21,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from learning import ALL, BASE, EXPERIMENTS, Agent, flags, interval, torch, tree_grpo  # which sets OMP_NUM_THREADS
+from learning import EXPERIMENTS, Agent, flags, interval, shapes, torch, tree_grpo  # which sets OMP_NUM_THREADS
 
-ARMS = (*ALL, "inter")  # "inter": the tree without A_intra
-LEARNED = {"errors anywhere": 5, "error last": 40}  # updates after which about half is learned
-BATCHES, REFERENCE = 48, 64
+LEARNED = {"anywhere": 5, "late": 40}  # updates after which about half is learned
+BATCHES, REFERENCE = 32, 48
 
 def gradient(model, samples) -> torch.Tensor:
     """Of the GRPO loss at ratio 1 without KL, flat."""
@@ -48,20 +49,22 @@ def leave_one_out(groups) -> list:
     return samples
 
 def measure(job: tuple) -> list[tuple]:
-    """Of one task, seed and policy: (task, stage, arm, alignment, agreement, share of A != 0, reference)."""
-    setting, seed, learned = job
+    """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0, reference."""
+    experiment, setting, seed, learned = job
     torch.set_num_threads(1)
-    shapes, _, told = EXPERIMENTS["main"][setting]
-    told = {name: value for name, value in told.items() if name not in ("repeat", "budget", "counted")}
-    Agent.budget, Agent.counted = BASE["budget"], BASE["counted"]
+    arms, names, told = EXPERIMENTS[experiment][setting]
+    told = dict(told)
+    for name in ("repeat", "budget", "counted"):
+        setattr(Agent, name, told.pop(name))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
             contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
+        tree_grpo.Agent, agent_class = Agent, tree_grpo.Agent
         args = tree_grpo.Args(seed=seed, topk=1, turn_tokens=32, dtype="float32", **told)
         model, tokenizer = tree_grpo.built_in_model(args, torch.device("cpu"), Path(folder, "start"))
         if learned:
             changes = {**told, "model": f"{folder}/start", "out": f"{folder}/run", "steps": learned, "seed": seed,
                        "device": "cpu", "eval_prompts": 1}
-            tree_grpo.main([*map(str, shapes["chains"]), *flags(changes)])
+            tree_grpo.main([*map(str, shapes(2, 4, 6)["chains"]), *flags(changes)])
             model, tokenizer = tree_grpo.load_model(f"{folder}/run/final", torch.device("cpu"))
 
     def agent(**changes):
@@ -69,43 +72,48 @@ def measure(job: tuple) -> list[tuple]:
 
     many, halves = agent(method="grpo", M=8), [0.0, 0.0]
     for step in range(REFERENCE):
-        groups = tree_grpo.Agent.rollout(many, 10**6 + step)[0]  # other questions than the arms get
+        groups = agent_class.rollout(many, 10**6 + step)[0]  # 16 prompts, other than those the arms get
         halves[step % 2] = halves[step % 2] + gradient(model, leave_one_out(groups))
     cosine = torch.nn.functional.cosine_similarity
     reference, rows = cosine(*halves, dim=0).item(), []
-    for arm in ARMS:
-        names = [name[2:] for name in shapes[arm][::2]]
-        one = agent(**dict(zip(names, shapes[arm][1::2])))
+    for arm in (*names, "inter"):
+        one = agent(**{name[2:]: value for name, value in zip(arms[arm][::2], arms[arm][1::2])})
         gradients, signal = [], []
         for step in range(BATCHES):
             gradients.append(gradient(model, one.credit(step, one.rollout(step)[0])))
             signal.append(one.row["signal"])
         unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)
-        pairs = (unit @ unit.T).triu(1).sum() / (BATCHES * (BATCHES - 1) / 2)
+        agreement = (unit @ unit.T).triu(1).sum() / (BATCHES * (BATCHES - 1) / 2)
         alignment = (unit @ torch.nn.functional.normalize(sum(halves), dim=0)).mean()
-        rows.append((setting, learned, arm, alignment.item(), pairs.item(), statistics.mean(signal), reference))
+        rows.append((setting, learned, arm, alignment.item(), agreement.item(), statistics.mean(signal), reference))
     return rows
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
     parser.add_argument("--processes", type=int, default=2, help="side by side, each with one thread")
     options = parser.parse_args()
-    jobs = [(setting, seed, learned) for seed in options.seeds for setting, updates in LEARNED.items()
-            for learned in (0, updates)]
+    settings = [(experiment, setting, learned) for experiment in options.experiments or EXPERIMENTS
+                for setting, (_, _, told) in EXPERIMENTS[experiment].items()
+                for learned in ((0,) if experiment == "main" else ()) + (LEARNED[told["hard"]],)]
+    jobs = [(experiment, setting, seed, learned) for experiment, setting, learned in settings for seed in options.seeds]
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        rows = [row for part in tree_grpo.tqdm(pool.imap_unordered(measure, jobs), total=len(jobs)) for row in part]
-    print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}; {BATCHES} batches of "
-          f"{BASE['budget']} generated tokens per arm and policy.\n")
-    print("| task | policy | arm | alignment | agreement | leaves with A ≠ 0 | reference |\n" + "|---" * 7 + "|")
-    for setting, updates in LEARNED.items():
-        for learned in (0, updates):
-            for arm in ARMS:
-                columns = zip(*(row[3:] for row in rows if row[:3] == (setting, learned, arm)))
-                alignment, agreement, signal, reference = map(list, columns)
-                policy = f"after {learned} updates" if learned else "warm start"
-                print(f"| {setting} | {policy} | {arm} | {interval(alignment)} | {interval(agreement)} "
-                      f"| {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
+        rows = [row for part in tree_grpo.tqdm(pool.imap(measure, jobs), total=len(jobs)) for row in part]
+    print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
+    names = "setting", "policy", "arm", "worth", "alignment", "agreement", "leaves with A ≠ 0", "reference"
+    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
+    for _, setting, learned in settings:
+        found = {}  # arm -> a list per column, over the seeds in the same order
+        for row in rows:
+            if row[:2] == (setting, learned):
+                for column, value in zip(found.setdefault(row[2], [[], [], [], []]), row[3:]):
+                    column.append(value)
+        for arm, (alignment, agreement, signal, reference) in found.items():
+            worth = [a**2 / (1 - a**2) / (c**2 / (1 - c**2)) for a, c in zip(alignment, found["chains"][0])]
+            policy = f"after {learned} updates" if learned else "warm start"
+            print(f"| {setting} | {policy} | {arm} | {interval(worth)} | {interval(alignment)} | {interval(agreement)} "
+                  f"| {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
 
 if __name__ == "__main__":
     main()

@@ -45,10 +45,8 @@ EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and wh
     "budget": {f"error last, {n} chains": (shapes(n // 2, n, 3 * n // 2), ALL[:3], BASE) for n in (2, 8)},
     "observations": {"error last, observations x 4, equal forwarded tokens": (
         shapes(2, 4, 6), ALL[:3], {**BASE, "repeat": 4, "budget": 4000, "counted": "forwarded_tokens"})},
-    "hops": {"error last, 2 to 4 hops": (shapes(2, 4, 6), ALL[:3], {**BASE, "hops": 4, "max_turns": 5})},
-    "rates": {f"errors {task['hard']}, lr {lr:g}": (shapes(2, 4, 6), ALL[:2], {**task, "lr": lr})
-              for task in (ANYWHERE, BASE) for lr in (2.5e-4, 5e-4, 1e-3)}}
-SEEDS = {"main": range(8), "rates": range(100, 103)}  # the rate was chosen on seeds of its own
+    "hops": {"error last, 2 to 4 hops": (shapes(2, 4, 6), ALL[:3], {**BASE, "hops": 4, "max_turns": 5})}}
+SEEDS = {"main": range(16), "budget": range(6), "observations": range(4), "hops": range(4)}
 COSTS = ("prompts", "signal", "_tokens", "tool_calls", "_cpu")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)  # from 2 runs on
 
@@ -161,47 +159,54 @@ def tables(experiment: str) -> str:
                        for head, rows in zip(heads, (learned, costs)))
 
 def figures() -> None:
-    """learning.png: the curves of "main"; learning_gaps.png: tree minus the others in every setting."""
+    """learning.png: curves of "main" and paired differences; learning_gaps.png: differences of the scores of all."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found = read_results()
-    colors = {"tree": "tab:green", "chains": "tab:blue", "group": "tab:orange", "intra": "tab:red"}
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
-    for axis, (setting, (_, _, told)) in zip(axes, EXPERIMENTS["main"].items()):
-        for arm in ALL:
-            runs = found.get(("main", setting, arm), {})
-            points = list(zip(*(row["success"] for row in runs.values())))
-            x = [i * told["steps"] * told["budget"] / EVALUATIONS / 1000 for i in range(len(points))]
-            means, widths = [statistics.mean(p) for p in points], [half_width(p) for p in points]
-            axis.plot(x, means, label=arm, color=colors[arm])
-            axis.fill_between(x, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
-                              color=colors[arm], alpha=0.15, linewidth=0)
-        axis.set(title=f"{setting} ({len(runs)} seeds)", xlabel="generated tokens, thousands")
-    axes[0].set_ylabel("held-out success at T = 1")
-    axes[1].legend(loc="lower right")
-    figure.savefig(RESULTS / "learning.png", dpi=110)
-    figure, axis = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    rows = [(experiment, setting) for experiment, settings in EXPERIMENTS.items() for setting in settings
-            if experiment != "rates"]
-    for y, (experiment, setting) in enumerate(rows):
-        tree = found.get((experiment, setting, "tree"), {})
+    found, colors = read_results(), dict(zip(ALL, ("tab:green", "tab:blue", "tab:orange", "tab:red")))
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col", layout="constrained")
+    for (upper, lower), (setting, (_, _, told)) in zip(axes.T, EXPERIMENTS["main"].items()):
+        x = [i * told["steps"] * told["budget"] / EVALUATIONS / 1000 for i in range(EVALUATIONS + 1)]
+        runs = {arm: found.get(("main", setting, arm), {}) for arm in ALL}
+        seeds = sorted(set.intersection(*map(set, runs.values())))
+        for arm in ALL if seeds else ():
+            upper.plot(x, [statistics.mean(runs[arm][s]["success"][i] for s in seeds) for i in range(len(x))],
+                       label=arm, color=colors[arm])
+            gaps = [[runs["tree"][s]["success"][i] - runs[arm][s]["success"][i] for s in seeds] for i in range(len(x))]
+            means, widths = list(map(statistics.mean, gaps)), list(map(half_width, gaps))
+            if arm != "tree":
+                lower.plot(x, means, label=f"tree − {arm}", color=colors[arm])
+                lower.fill_between(x, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
+                                   color=colors[arm], alpha=0.12, linewidth=0)
+        lower.axhline(0, color="black", linewidth=0.8)
+        upper.set_title(f"{setting} ({len(seeds)} seeds)")
+        lower.set_xlabel("generated tokens, thousands")
+    axes[0, 0].set_ylabel("held-out success at T = 1, mean")
+    axes[1, 0].set_ylabel("paired difference, 95 % interval")
+    axes[0, 1].legend(loc="upper left")
+    axes[1, 1].legend(loc="upper left")
+    figure.savefig(RESULTS / "learning.png", dpi=100)
+
+    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
+    rows = [(experiment, setting) for experiment, settings in EXPERIMENTS.items() for setting in settings]
+    for y, key in enumerate(rows):
+        tree = found.get((*key, "tree"), {})
         for shift, arm in zip((-0.2, 0.0, 0.2), ALL[1:]):
-            runs = found.get((experiment, setting, arm), {})
+            runs = found.get((*key, arm), {})
             if gaps := [score(tree[seed]) - score(runs[seed]) for seed in tree.keys() & runs.keys()]:
                 axis.errorbar(statistics.mean(gaps), y + shift, xerr=half_width(gaps), fmt="o", color=colors[arm],
                               capsize=3, label=f"tree − {arm}" if y == 0 else None)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [setting for _, setting in rows])
     axis.invert_yaxis()
-    axis.set_xlabel("difference of the mean of the learning curve, 95 % interval over paired seeds")
+    axis.set_xlabel("difference of the scores, 95 % interval over paired seeds")
     axis.legend(loc="best", fontsize=8)
-    figure.savefig(RESULTS / "learning_gaps.png", dpi=110)
+    figure.savefig(RESULTS / "learning_gaps.png", dpi=100)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: see SEEDS; else 0 to 5")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 15 in main, 0 to 5 or 3 elsewhere")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, each with one thread")
     parser.add_argument("--report", action="store_true", help="no runs: tables and figures of the results there are")
     options = parser.parse_args()
@@ -209,7 +214,7 @@ def main() -> None:
     if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"no such experiment: {', '.join(unknown)}")
     for experiment in names if not options.report else ():
-        for seed in options.seeds or SEEDS.get(experiment, range(6)):
+        for seed in options.seeds or SEEDS[experiment]:
             for setting, (_, arms, _) in EXPERIMENTS[experiment].items():
                 missing = [arm for arm in arms if seed not in found.get((experiment, setting, arm), {})]
                 jobs += [(experiment, setting, seed, missing)] if missing else []
