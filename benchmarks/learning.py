@@ -46,7 +46,7 @@ EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and wh
     "observations": {"error last, observations x 4, equal forwarded tokens": (
         shapes(2, 4, 6), ALL[:3], {**BASE, "repeat": 4, "budget": 4000, "counted": "forwarded_tokens"})},
     "hops": {"error last, 2 to 4 hops": (shapes(2, 4, 6), ALL[:3], {**BASE, "hops": 4, "max_turns": 5})}}
-SEEDS = {"main": range(16), "budget": range(6), "observations": range(4), "hops": range(4)}
+SEEDS = {"main": range(12), "budget": range(6), "observations": range(4), "hops": range(4)}
 COSTS = ("prompts", "signal", "_tokens", "tool_calls", "_cpu")
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)  # from 2 runs on
 
@@ -147,12 +147,14 @@ def tables(experiment: str) -> str:
             gaps = [score(runs["tree"][seed]) - score(runs[arm][seed]) for seed in seeds]
             ends = [interval([row[name][-1] for row in rows]) for name in ("success", "greedy_success")]
             against = ["", ""] if arm == "tree" else [interval(gaps, "+"), f"{sum(g > 0 for g in gaps)} of {len(gaps)}"]
-            learned.append([setting, arm, interval([score(row) for row in rows]), *against, *ends])
+            lost = f"{sum(row['success'][-1] < row['success'][0] for row in rows)} of {len(rows)}"
+            learned.append([setting, arm, interval([score(row) for row in rows]), *against, *ends, lost])
             mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name.endswith(COSTS)}
             costs.append([setting, arm, f"{mean['prompts'] / told['steps']:.1f}", f"{mean['signal']:.0%}",
                           *(f"{mean[name]:,.0f}" for name in ("generated_tokens", "forwarded_tokens", "tool_calls")),
                           f"{mean['rollout_cpu']:.1f}", f"{mean['update_cpu']:.1f}"])
-    heads = (("setting", "arm", "score", "tree − arm", "tree ahead", "sampled after", "greedy after"),
+    heads = (("setting", "arm", "score", "tree − arm", "tree ahead", "sampled after", "greedy after",
+              "ended below start"),
              ("setting", "arm", "prompts per update", "leaves with A ≠ 0", "generated tokens", "forwarded tokens",
               "tool calls", "CPU s sampling", "CPU s training"))
     return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
@@ -206,7 +208,7 @@ def figures() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 15 in main, 0 to 5 or 3 elsewhere")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 11 in main, 0 to 5 or 3 elsewhere")
     parser.add_argument("--processes", type=int, default=2, help="runs side by side, each with one thread")
     parser.add_argument("--report", action="store_true", help="no runs: tables and figures of the results there are")
     options = parser.parse_args()

@@ -37,12 +37,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tree_grpo
 from tree_grpo import Lanes, Node, Packed, Sample, grpo_loss, packed_logps
 
-# A: rows, lanes, prompt, leaf. B: the same and the width of the model. C: as A. D: rows, lanes, prompt, leaf that are
-# doubled from, and the tokens of an agent step. E: as A, the leaf being what each lane holds already.
+# A: rows, lanes, prompt, leaf. B: the same and the width of the model; forks: as `comb` takes them. C: as A. D: rows,
+# lanes, prompt, leaf that are doubled from, and the tokens of an agent step. E: as A, the leaf being what a lane holds.
 TINY = {
     "A": [(8, 16, 64, 96), (8, 6, 200, 60), (4, 30, 400, 64), (16, 4, 64, 32), (16, 2, 16, 64)],
     "B": [(8, 16, 64, 96, 128), (8, 16, 192, 48, 128), (4, 30, 32, 24, 128), (4, 6, 200, 60, 256),
           (2, 16, 400, 64, 512)],
+    "forks": [(8, 64, 24, 3), (4, 64, 48, 4)],
     "C": [(8, 16, 64, 96), (8, 16, 192, 48)],
     "D": (8, 8, 64, 48, 24),
     "E": [(8, 16, 64, 48), (8, 16, 512, 48)],
@@ -50,12 +51,13 @@ TINY = {
 QWEN = {
     "A": [(16, 16, 256, 128), (8, 30, 1024, 64)],
     "B": [(2, 8, 256, 64, None), (1, 8, 512, 64, None)],
+    "forks": [(2, 256, 64, 3), (1, 256, 64, 4)],
     "C": [(4, 8, 256, 64), (4, 8, 512, 64)],
     "D": (4, 4, 64, 32, 32),
     "E": [(16, 16, 256, 128), (8, 30, 1024, 128), (1, 8, 1024, 128)],
 }
-QWEN_ON_CPU = {"A": [(2, 4, 32, 4)], "B": [(1, 2, 16, 8, None)], "C": [(1, 2, 16, 4)], "D": (1, 2, 16, 4, 4),
-               "E": [(2, 4, 32, 16)]}  # only to see that the code runs
+QWEN_ON_CPU = {"A": [(2, 4, 32, 4)], "B": [(1, 2, 16, 8, None)], "forks": [(1, 16, 4, 2)], "C": [(1, 2, 16, 4)],
+               "D": (1, 2, 16, 4, 4), "E": [(2, 4, 32, 16)]}  # only to see that the code runs
 SIZES = {"0.5B": (896, 24, 14, 2, 4864, 151936), "1.5B": (1536, 28, 12, 2, 8960, 151936)}  # as new_model takes them
 TREES = [(2, 2, 1), (2, 2, 2), (4, 4, 1), (2, 4, 2)]  # M, N, L, each with 1 and with 4 passages per search (topk)
 
@@ -220,6 +222,21 @@ def star(rows: int, leaves: int, prompt: int, leaf: int) -> list[Sample]:
             Node(roots[-1]).add(random_tokens(leaf, rng), sampled=True)
     return [with_advantages(root, 1 / rows) for root in roots]
 
+def comb(rows: int, prompt: int, turn: int, steps: int, rng: random.Random, write) -> list[Node]:
+    """Trees with inner forks: two trunks of agent steps, each of `turn` tokens that write(nodes) adds and, but for the
+    last, as many observed; and from each of their nodes that is no leaf a branch of one step. Returns the roots."""
+    roots = [new_root(prompt, rng) for _ in range(rows)]
+    ends, forks = roots * 2, roots * 2
+    for step in range(steps):
+        ends = [Node(end) for end in ends]
+        write(ends)
+        if step + 1 < steps:
+            for node in ends:
+                node.add(random_tokens(turn, rng))
+            forks = forks + ends
+    write([Node(fork) for fork in forks])
+    return roots
+
 def padded_logps(model, samples: list[Sample], device: torch.device) -> list[torch.Tensor]:
     """What packed_logps computes, from right-padded leaves, the head at sampled tokens only; (leaves, length) each."""
     paths = [leaf.path() for item in samples for leaf in item.leaves]
@@ -307,6 +324,14 @@ def training(size: str, shapes: dict, device: torch.device, repeats: int, built_
         model = new_model(size, device, width)
         result = compare(model, star(rows, leaves, prompt, leaf), repeats, device)
         report((f"{rows} x {leaves} x ({prompt} + {leaf}), {model.config.hidden_size}",), result, False)
+    table("inner forks and observations: rows x (prompt, then steps of turn + turn)", *columns)
+    for rows, prompt, turn, steps in shapes["forks"]:
+        model, rng = new_model(size, device), random.Random(0)
+        def write(nodes, turn=turn, rng=rng):
+            for node in nodes:
+                node.add(random_tokens(turn, rng), sampled=True)
+        samples = [with_advantages(root, 1 / rows) for root in comb(rows, prompt, turn, steps, rng, write)]
+        report((f"{rows} x ({prompt}, {steps} of {turn} + {turn})",), compare(model, samples, repeats, device), False)
     if built_in:
         table("the script's own trees, 16 prompts", "leaves", *columns)
         model, tokenizer = built_in
@@ -457,17 +482,7 @@ def growth(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
         draw(sampler, [Node(root) for root in roots for _ in range(lanes)], leaf, generator)
         return roots
     def grow_comb(steps: int) -> list[Node]:
-        roots = [new_root(prompt, rng) for _ in range(rows)]
-        ends, forks = roots * 2, roots * 2
-        for step in range(steps):
-            ends = [Node(end) for end in ends]
-            draw(sampler, ends, turn, generator)
-            if step + 1 < steps:
-                for node in ends:
-                    node.add(random_tokens(turn, rng))
-                forks = forks + ends
-        draw(sampler, [Node(fork) for fork in forks], turn, generator)
-        return roots
+        return comb(rows, prompt, turn, steps, rng, lambda nodes: draw(sampler, nodes, turn, generator))
     def measure(grow, *args) -> list[float]:  # unique tokens and the two times
         grown = []
         seconds = timed([lambda: grown.append(grow(*args))], repeats, device)
