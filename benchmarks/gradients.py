@@ -4,12 +4,13 @@
     python benchmarks/gradients.py main --seeds 7   those of one experiment
 
 For each seed and setting there is a policy: the warm start (in "main" only), and the same after some updates of GRPO on
-4 chains. At each, every arm draws batches that cost the same number of tokens, and the gradient of its loss is taken,
-without a step. "alignment" is the mean cosine c of a batch's gradient with the gradient of the expected reward,
-estimated from many more chains by REINFORCE with leave-one-out baselines; "agreement" is the mean cosine of two batches
-of the same arm. "worth" is the batch of chains, in batches, that would be aligned as well, if c^2 / (1 - c^2) grows in
-proportion to the batch, as it does for an unbiased estimate. "reference" is the cosine between two halves of the
-reward's gradient: its noise lowers the alignments of all arms alike. The arm "inter" is the tree without A_intra.
+4 chains. At each, every arm draws batches that cost the same number of tokens, from questions that the policy was not
+trained on, and the gradient of its loss is taken, without a step. "alignment" is the mean cosine of a batch's gradient
+with the gradient of the expected reward, estimated from many more chains by REINFORCE with leave-one-out baselines;
+"/ chains" is that over the alignment of the chains of the same seed. "agreement" is the mean cosine of two batches of
+the arm. Where gradients are mostly noise, alignment grows with the square root of the batch, and agreement with the
+batch; "reference" is the cosine between two halves of the estimate, whose noise lowers all alignments by one factor.
+The arm "inter" is the tree without A_intra.
 """
 
 import argparse
@@ -19,11 +20,14 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from pathlib import Path
 
-from learning import EXPERIMENTS, Agent, flags, interval, shapes, torch, tree_grpo  # which sets OMP_NUM_THREADS
+from learning import EXPERIMENTS, Agent, flags, interval, set_up, shapes  # first, as it sets OMP_NUM_THREADS
 
-LEARNED = {"anywhere": 5, "late": 40}  # updates after which about half is learned
+import torch  # isort: skip
+
+import tree_grpo  # isort: skip
+
+LEARNED = {"anywhere": 8, "late": 40}  # updates after which about half is learned in "main"
 BATCHES, REFERENCE = 32, 48
 
 def gradient(model, samples) -> torch.Tensor:
@@ -51,20 +55,13 @@ def leave_one_out(groups) -> list:
 def measure(job: tuple) -> list[tuple]:
     """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0, reference."""
     experiment, setting, seed, learned = job
-    torch.set_num_threads(1)
     arms, names, told = EXPERIMENTS[experiment][setting]
-    told = dict(told)
-    for name in ("repeat", "budget", "counted"):
-        setattr(Agent, name, told.pop(name))
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
             contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
-        tree_grpo.Agent, agent_class = Agent, tree_grpo.Agent
-        args = tree_grpo.Args(seed=seed, topk=1, turn_tokens=32, dtype="float32", **told)
-        model, tokenizer = tree_grpo.built_in_model(args, torch.device("cpu"), Path(folder, "start"))
+        model, tokenizer, args, common = set_up(told, seed, folder)
         if learned:
-            changes = {**told, "model": f"{folder}/start", "out": f"{folder}/run", "steps": learned, "seed": seed,
-                       "device": "cpu", "eval_prompts": 1}
-            tree_grpo.main([*map(str, shapes(2, 4, 6)["chains"]), *flags(changes)])
+            changes = flags({"steps": learned, "out": f"{folder}/run", "eval_prompts": 1})
+            tree_grpo.main([*map(str, shapes(2, 4, 6)["chains"]), *common, *changes])
             model, tokenizer = tree_grpo.load_model(f"{folder}/run/final", torch.device("cpu"))
 
     def agent(**changes):
@@ -72,14 +69,14 @@ def measure(job: tuple) -> list[tuple]:
 
     many, halves = agent(method="grpo", M=8), [0.0, 0.0]
     for step in range(REFERENCE):
-        groups = agent_class.rollout(many, 10**6 + step)[0]  # 16 prompts, other than those the arms get
+        groups = super(Agent, many).rollout(10**6 + step)[0]  # of 16 prompts, whatever they cost
         halves[step % 2] = halves[step % 2] + gradient(model, leave_one_out(groups))
     cosine = torch.nn.functional.cosine_similarity
     reference, rows = cosine(*halves, dim=0).item(), []
     for arm in (*names, "inter"):
         one = agent(**{name[2:]: value for name, value in zip(arms[arm][::2], arms[arm][1::2])})
         gradients, signal = [], []
-        for step in range(BATCHES):
+        for step in range(10**5, 10**5 + BATCHES):  # questions that nothing was trained on
             gradients.append(gradient(model, one.credit(step, one.rollout(step)[0])))
             signal.append(one.row["signal"])
         unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)
@@ -101,7 +98,7 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
         rows = [row for part in tree_grpo.tqdm(pool.imap(measure, jobs), total=len(jobs)) for row in part]
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
-    names = "setting", "policy", "arm", "worth", "alignment", "agreement", "leaves with A ≠ 0", "reference"
+    names = "setting", "policy", "arm", "alignment", "/ chains", "agreement", "leaves with A ≠ 0", "reference"
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
     for _, setting, learned in settings:
         found = {}  # arm -> a list per column, over the seeds in the same order
@@ -110,9 +107,9 @@ def main() -> None:
                 for column, value in zip(found.setdefault(row[2], [[], [], [], []]), row[3:]):
                     column.append(value)
         for arm, (alignment, agreement, signal, reference) in found.items():
-            worth = [a**2 / (1 - a**2) / (c**2 / (1 - c**2)) for a, c in zip(alignment, found["chains"][0])]
+            ratio = [a / c for a, c in zip(alignment, found["chains"][0])]
             policy = f"after {learned} updates" if learned else "warm start"
-            print(f"| {setting} | {policy} | {arm} | {interval(worth)} | {interval(alignment)} | {interval(agreement)} "
+            print(f"| {setting} | {policy} | {arm} | {interval(alignment)} | {interval(ratio)} | {interval(agreement)} "
                   f"| {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
 
 if __name__ == "__main__":

@@ -244,8 +244,7 @@ def padded_logps(model, samples: list[Sample], device: torch.device) -> list[tor
     sampled = [torch.tensor([s for node in path for s in node.sampled]) for path in paths]
     ids = torch.nn.utils.rnn.pad_sequence(tokens, True).to(device)
     read = torch.nn.utils.rnn.pad_sequence(sampled, True)[:, 1:].to(device)
-    attended = torch.nn.utils.rnn.pad_sequence([torch.ones_like(t) for t in tokens], True).to(device)
-    hidden = model.model(ids, attention_mask=attended, use_cache=False).last_hidden_state
+    hidden = model.model(ids, use_cache=False).last_hidden_state  # causal, so the padding on the right is never seen
     logits = tree_grpo.full_precision(model.lm_head(hidden[:, :-1][read]))
     logps = -torch.nn.functional.cross_entropy(logits, ids[:, 1:][read], reduction="none")
     leaves = iter(logps.split([int(s.sum()) for s in sampled]))
@@ -350,7 +349,7 @@ def training(size: str, shapes: dict, device: torch.device, repeats: int, built_
 
 # ----------------------------------------------------------------------------------------------------- C. a whole step
 def own_args(device: torch.device, **changes):
-    """Arguments as `python tree_grpo.py` has them, on the built-in task."""
+    """Arguments as `python tree_grpo.py` has them, on the built-in task, but for a shorter warm start."""
     return tree_grpo.Args(**{"lr": 5e-4, "topk": 1, "turn_tokens": 32, "sft_steps": 120, "dtype": "float32",
                              "device": str(device), **changes})
 
@@ -491,7 +490,7 @@ def growth(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
         return [sum(tree_grpo.length(root.below()) for root in grown[-1]), *seconds]
     blocks = [[(f"{n * lanes} leaves per prompt", grow_star, n * lanes, prompt) for n in (1, 2, 4)],
               [(f"prompt of {n * prompt} tokens", grow_star, lanes, n * prompt) for n in (1, 2, 4, 8)],
-              [(f"depth {n}, {4 * n} leaves", grow_comb, n) for n in (1, 2, 4, 8)]]
+              [(f"depth {n}, {2 * n + 2} leaves", grow_comb, n) for n in (1, 2, 4, 8)]]
     for block in blocks:
         above = None
         for name, *what in block:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import learning
 
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
+OTHER_TABLES = ("script", "part", "leaf", "what", "equation")  # by their first column: not of measured figures
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
@@ -36,7 +37,7 @@ def test_cited_tables_are_in_the_results():
             measured.setdefault(head, set()).update(rows)
     for page in PAGES:
         for head, rows in tables(page).items():
-            if head in measured:
+            if head.split("|")[1].strip() not in OTHER_TABLES:
                 assert rows <= measured[head], f"{page.name} cites what no result says: {rows - measured[head]}"
                 cited += len(rows)
     assert cited > 20
