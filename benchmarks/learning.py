@@ -205,7 +205,7 @@ def figures() -> None:
             if gaps := [score(runs["tree"][s]) - score(runs[arm][s]) for s in seeds if arm in runs]:
                 axis.errorbar(statistics.mean(gaps), y + shift, xerr=half_width(gaps), fmt="o", color=colors[arm],
                               capsize=3, label=f"tree − {arm}" if y == 0 else None)
-                axis.plot(gaps, [y + shift] * len(gaps), "|", color=colors[arm], markersize=4)
+                axis.plot(gaps, [y + shift] * len(gaps), "x", color=colors[arm], markersize=4, alpha=0.6)
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [setting for _, setting in rows])
     axis.invert_yaxis()
@@ -231,8 +231,8 @@ def main() -> None:
     if jobs:
         with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
             list(tree_grpo.tqdm(pool.imap_unordered(run_seed, jobs), total=len(jobs)))
-    print("Means over the seeds, ± half of the 95 % interval of the mean. Costs are sums over a run's training steps, CPU\n"
-          "seconds with two runs side by side.")
+    print("Means over the seeds, ± half of the 95 % interval of the mean. Costs are sums over a run's training steps,\n"
+          "CPU seconds with two runs side by side.")
     for experiment in names:
         print(f"\n## {experiment}\n\n{tables(experiment)}")
     figures()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-TUTORIAL = (Path(__file__).parents[1] / "tutorial.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+TUTORIAL = (ROOT / "tutorial.md").read_text(encoding="utf-8")
 CHAPTERS = {part.splitlines()[0]: part for part in re.split(r"^# (?=Chapter )", TUTORIAL, flags=re.MULTILINE)[1:]}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
@@ -36,6 +37,24 @@ def test_blocks_print_what_the_page_says(title):
 def test_every_block_is_found():
     assert CHAPTERS
     assert TUTORIAL.count("```python") == sum(len(blocks(chapter)) for chapter in CHAPTERS.values()) > 0
+
+
+def test_every_output_is_compared():
+    """A text block that is not directly below its Python block would not be compared: only pictures may be so."""
+    outputs = re.findall(r"^```text\n(.*?)^```\n", TUTORIAL, re.MULTILINE | re.DOTALL)
+    compared = [expected for chapter in CHAPTERS.values() for _, expected in blocks(chapter) if expected]
+    assert all("(0)" in text or "lane " in text for text in outputs if text not in compared)
+
+
+@pytest.mark.parametrize("title", CHAPTERS)
+def test_index_names_what_exists(title):
+    script = (ROOT / re.search(r"`(\w+\.py)`", title)[1]).read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]*\|([^|]*)\|([^|]*test_[^|]*)\|$", CHAPTERS[title], re.MULTILINE)
+    tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    functions = [name for row in rows for name in re.findall(r"`(\w+)`", row[0])]
+    assert len(functions) > 5
+    assert [name for name in functions if not re.search(rf"^(def|class) {name}\b", script, re.MULTILINE)] == []
+    assert [name for row in rows for name in re.findall(r"`(test_\w+)`", row[1]) if f"def {name}(" not in tests] == []
 
 
 def test_a_wrong_number_is_noticed():
