@@ -187,7 +187,8 @@ def sampling(size: str, shapes: dict, device: torch.device, repeats: int, paged:
     for shape in shapes["A"]:
         ways = samplers(model, shape, device)
         try:
-            assert paged, "made for GPUs, it runs on a CPU with --paged only"
+            if not paged:
+                raise RuntimeError("made for GPUs, it runs on a CPU with --paged only")
             ways[-1]()
             notes.append(f"generate_batch shares the prompt among its lanes; attention {continuous_batching()[0]}")
         except Exception as error:  # noqa: BLE001 (it is new, and differs from version to version)
