@@ -408,8 +408,7 @@ class Packed:
         H, D, h = q.shape[1], q.shape[3], k.shape[1]
         q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
-            self.masks = [q.new_zeros(()).where(visible.repeat(1, H // h, 1), -torch.inf)[:, None]
-                          for _, _, visible in self.buckets]
+            self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
         out = []
         for (queries, keys, _), mask in zip(self.buckets, self.masks):
             n, width = queries.shape
@@ -489,6 +488,7 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
                 loss = loss + part * item.weight
                 sums.update({name: float(value) for name, value in stats.items()})
             loss.backward()
+            packed.masks = None  # large, and made anew by the next forward; other micro-batches need the room
             sums["loss"] += float(loss.detach()) / args.epochs
         sums["norm"] += (norm := float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))) / args.epochs
         if not math.isfinite(sums["loss"] + norm):

@@ -21,11 +21,8 @@ import os
 import statistics
 import tempfile
 
-from learning import EXPERIMENTS, Agent, flags, interval, set_up, shapes  # first, as it sets OMP_NUM_THREADS
-
-import torch  # isort: skip
-
-import tree_grpo  # isort: skip
+import torch
+from learning import EXPERIMENTS, Agent, flags, interval, set_up, shapes, tree_grpo
 
 LEARNED = {"anywhere": 8, "late": 40}  # updates after which about half is learned in "main"
 BATCHES, REFERENCE = 32, 48
