@@ -137,8 +137,8 @@ def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.
 # ------------------------------------------------------------------- the token tree, and sampling with shared KV
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent. A root is a prompt; in Tree-GRPO any other node is one agent step: thought,
-    action and observation. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
+    """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a
+    segment between forks. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
@@ -148,25 +148,19 @@ class Node:
     reward: float | None = None  # of a leaf
     kv: Tensor | None = None  # (layers, 2, KV heads, tokens, head size)
     hidden: Tensor | None = None  # (tokens, width), after the last norm; of a root the last token's only
-
     def __post_init__(self):
         if self.parent is not None:
             self.parent.children.append(self)
-
     def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None) -> None:
         self.tokens += tokens
         self.sampled += [sampled] * len(tokens)
         self.logps += logps or [0.0] * len(tokens)
-
     def path(self) -> list["Node"]:  # from the root to this node
         return (self.parent.path() if self.parent else []) + [self]
-
     def below(self) -> list["Node"]:  # this node and all under it, parents before children
         return [self] + [node for child in self.children for node in child.below()]
-
     def leaves(self) -> list["Node"]:
         return [node for node in self.below() if not node.children]
-
     @property
     def cached(self) -> int:
         return 0 if self.kv is None else self.kv.shape[-2]
@@ -226,10 +220,8 @@ class Lanes:
                 at, start = at + node.cached, at
                 self.own[:, :, b // self.W, :, b % self.W, start:at] = node.kv
                 self.hidden[b, start + 1 : at + 1] = node.hidden
-
     def set_grid(self, rows: list[list]) -> None:
         self.W, self.grid = max(map(len, rows)), [node for row in padded(rows, None) for node in row]
-
     def forward(self, new: list[list[int]]) -> int:
         """Run new[b], maybe nothing, through lane b. Returns how many tokens that were."""
         (_, _, R, h, W, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
@@ -256,7 +248,6 @@ class Lanes:
         out = self.model.model(torch.tensor(padded(new), device=device), None, position, use_cache=False, tree=self)
         self.hidden[lane, to + 1] = out.last_hidden_state
         return sum(map(len, new))
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (lanes, heads, new, size), k and v: (lanes, KV heads, new, size). Returns (lanes, new, heads, size)."""
         (B, H, n, D), (_, R, h, P, _), W = q.shape, self.shared[layer].shape, self.W
@@ -270,7 +261,6 @@ class Lanes:
         shared = weights.view(R * h, -1, P + self.seen)[..., :P] @ shared_v
         out = torch.baddbmm(shared.view(q.shape), weights[..., P:], own_v[:, : self.seen])
         return out.view(R, h, W, H // h, n, D).permute(0, 2, 4, 1, 3, 5).reshape(B, n, H, D)
-
     def store(self, b: int) -> None:
         """Copy what lane b computed to its nodes, from which a later branch starts."""
         at = 0
@@ -280,7 +270,6 @@ class Lanes:
                 node.kv = self.own[:, :, b // self.W, :, b % self.W, at:end].clone()
                 node.hidden = self.hidden[b, at + 1 : end + 1].clone()
             at = end
-
     def shrink(self, live: list[int]) -> list[int]:
         """Drop the lanes not in `live` if the batch gets a quarter smaller. Returns where the live ones are now."""
         rows = {r: list(lanes) for r, lanes in itertools.groupby(live, lambda b: b // self.W)}
@@ -402,7 +391,6 @@ class Packed:
             rows = padded([[i for node in leaf.path() for i in index[node]] for leaf in item.leaves], -1)
             rows = torch.tensor(rows, device=device)
             self.paths.append((rows.clamp(min=0), rows >= 0))
-
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
         H, D, h = q.shape[1], q.shape[3], k.shape[1]
@@ -513,7 +501,6 @@ class BM25:
                 numbers.append(i)
                 frequencies.append(n)
         self.scale = 1.2 * (0.25 + 0.75 * torch.tensor(lengths) / max(1, sum(lengths) / len(lengths)))
-
     def top(self, query: str, k: int) -> list[tuple[str, str]]:
         """The k best of the passages that share a word with the query, best first."""
         scores = torch.zeros(len(self.passages))
@@ -586,39 +573,20 @@ class Agent:
         eos = model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))
-
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
-        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
-
     def text(self, node: Node) -> str:  # what the policy wrote in it
         return self.tokenizer.decode([t for t, s in zip(node.tokens, node.sampled) if s], skip_special_tokens=True)
-
     def stop(self, tokens: list[int]) -> bool:  # does the last one complete a closing tag?
         return ">" in self.piece(tokens[-1]) and bool(re.search("</(search|answer)>", self.tokenizer.decode(tokens)))
-
-    def root(self, question: Question) -> Node:
-        """A new root with the question's prompt. A model without chat template gets the built-in questions bare."""
-        template, context = self.tokenizer.chat_template, self.model.config.max_position_embeddings
-        text = INSTRUCTION.format(turns=self.args.max_turns) * bool(template or self.args.data) + question.text
-        if template:
-            chat = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        root = Node()
-        root.add(self.encode(text, special=not template))
-        if len(root.tokens) >= context:
-            raise BadInput(f"--model: its context of {context} tokens is too short for {text[-60:]!r}; take another")
-        return root
-
+    def root(self, question: Question) -> Node:  # a model without chat template gets the built-in questions bare
+        told = INSTRUCTION.format(turns=self.args.max_turns) * bool(self.tokenizer.chat_template or self.args.data)
+        return prompt_root(self.model, self.tokenizer, told + question.text)
     def search(self, asked: list[tuple[Question, str]]) -> list[str]:
         if self.args.search_url and asked:
             return ask_server(self.args.search_url, [query for _, query in asked], self.args.topk)
         return [show_passages(question.passages.top(query, self.args.topk)) for question, query in asked]
-
     def observation(self, found: str) -> list[int]:
-        head, body, tail = map(self.encode, ("\n\n<information>", f" {found}", "</information>\n\n"))
+        head, body, tail = (encode(self.tokenizer, t) for t in ("\n\n<information>", f" {found}", "</information>\n\n"))
         return head + body[: max(0, self.args.info_tokens - len(head) - len(tail))] + tail
-
     def play(self, starts: list[tuple[Question, Node, int]], generator, temperature: float, top_p: float, counts):
         """For each (question, node, tree) a new branch below the node, played to its end, where it gets its reward. In
         each turn all branches are sampled together, and all their searches made together."""
@@ -642,16 +610,12 @@ class Agent:
                         live.append((question, Node(node, tree=node.tree)))
                         continue
                 node.reward = outcome_reward([self.text(n) for n in node.path()[1:]], question.answers)
-
     def rollout(self, step: int):
         """The trees of one training step: ((question, root) pairs, what to log of them)."""
         args, rng = self.args, random.Random(f"{self.args.seed}/{step}")
         generator = torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
-        numbers, n = range(step * args.prompts, (step + 1) * args.prompts), len(self.training)
-        orders = {e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n) for e in {i // n for i in numbers if n}}
-        questions = [self.training[orders[i // n][i % n]] if n else make_question(rng, args.hops, args.hard, False)
-                     for i in numbers]  # each pass over the data in an order of its own
-        groups = [(question, self.root(question)) for question in questions]
+        built_in = (make_question(rng, args.hops, args.hard, False) for _ in range(args.prompts))
+        groups = [(question, self.root(question)) for question in batch_of(self.training, step, args) or built_in]
         counts = Counter(generated_tokens=0, forwarded_tokens=0, tool_calls=0, entropy=0.0)
         tree_rollout(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), groups,
                      args.M, args.N if args.method == "tree_grpo" else 0, args.L, rng)
@@ -660,7 +624,6 @@ class Agent:
         rewards = torch.tensor([leaf.reward for _, root in groups for leaf in root.leaves()])
         counts["entropy"] /= counts["generated_tokens"]
         return groups, {"reward": rewards.mean().item(), "success": (rewards > 0.5).float().mean().item(), **counts}
-
     def credit(self, step: int, groups) -> list[Sample]:
         """K leaves of each tree, at random, with their advantages."""
         rng, samples = random.Random(f"{self.args.seed}/{step}/keep"), []
@@ -671,36 +634,16 @@ class Agent:
             advantages = list(tree_advantages(rewards, ids, terms=self.args.advantage))
             samples.append(Sample(root, leaves, advantages, 1 / len(leaves) / len(groups)))
         return samples
-
-    def evaluate(self) -> dict[str, float]:
-        """Share of held-out questions answered by one chain each, at temperature 1 and greedily."""
-        right = Counter()
-        for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
-            generator = torch.Generator(self.model.device).manual_seed(0)
-            for i in range(0, len(self.held_out), 128):
-                starts = [(question, self.root(question), 0) for question in self.held_out[i : i + 128]]
-                self.play(starts, generator, temperature, 1.0, Counter())
-                right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-        return {name: n / len(self.held_out) for name, n in right.items()}
-
     def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
         """("tree.md", Mermaid): a prompt's trees, in green or red by the mean advantage of the leaves below a node."""
         mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.leaves}) > 1] or [0]
         (question, root), item = groups[mixed[0]], samples[mixed[0]]
         nodes, advantage = root.below(), dict(zip(item.leaves, map(float, item.advantages)))
-        lines = ["```mermaid", "flowchart TD"]
-        for i, node in enumerate(nodes):
-            words = " ".join((self.text(node) if i else question.text).split())[:160]
-            words = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in words)
-            below = [advantage[leaf] for leaf in node.leaves() if leaf in advantage]
-            color = "cfc" if sum(below) > 1e-6 else "fcc" if sum(below) < -1e-6 else "eee" if below else "fff"
-            if node.reward is not None:
-                words += f"<br>R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
-            lines += [f'    n{i}["{words}"]', f"    style n{i} fill:#{color},color:#000"]
-            if i:
-                trunk = f"|tree {node.tree + 1}|" * (node.parent is root)
-                lines.append(f"    n{nodes.index(node.parent)} -->{trunk} n{i}")
-        return "tree.md", "\n".join([*lines, "```", ""])
+        below = [[advantage[leaf] for leaf in node.leaves() if leaf in advantage] for node in nodes]
+        notes = ["" if node.reward is None else f"R = {node.reward:g}, " + (f"A = {A[0]:+.2f}" if A else "not kept")
+                 for node, A in zip(nodes, below)]
+        words = [question.text, *(self.text(node) for node in nodes[1:])]
+        return "tree.md", mermaid(nodes, words, notes, [sum(A) if A else None for A in below])
 
 # --------------------------------------------------------------------------------------------- tasks and models
 PEOPLE = ("Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana", "Ivo", "Jane", "Kai", "Lena", "Max", "Nora", "Ola")
@@ -754,35 +697,62 @@ def demonstrate(question: Question, hard: str, rng: random.Random) -> list[tuple
 def read_questions(path: str) -> list[Question]:
     """HotpotQA and 2WikiMultihopQA (JSON lists), MuSiQue (JSON lines; its unanswerable questions are left out), told
     apart by a record's fields. A search looks into all passages of the file. BadInput names the file and the line."""
+    pool = {}
+    def parse(record: dict) -> list[tuple[str, list[str]]]:
+        passages = ([(p["title"], p["paragraph_text"]) for p in record["paragraphs"]] if "paragraphs" in record else
+                    [(title, " ".join(s.strip() for s in sentences)) for title, sentences in record["context"]])
+        answers = [record["answer"], *record.get("answer_aliases", [])]
+        if not passages or not all(isinstance(t, str) for t in [record["question"], *answers, *sum(passages, ())]):
+            raise TypeError
+        pool.update(dict.fromkeys(passages))
+        return [(record["question"], answers)] if record.get("answerable", True) else []
+    found = read_records(path, parse, "HotpotQA or 2Wiki (question, answer, context) or MuSiQue (with paragraphs)")
+    index = BM25(list(pool))
+    return [Question(question, answers, index) for question, answers in found]
+
+def read_records(path: str, parse, wanted: str) -> list:
+    """The items that parse(record) lists for each record of a file, a JSON list or JSON lines. BadInput names the file,
+    and the line of a record that is no JSON or that parse fails on; `wanted` says what such a record should be."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file") from None
-    found, pool, start, at, end = [], {}, 0, 0, len(text)
+    found, start, at, end = [], 0, 0, len(text)
     if text.lstrip()[:1] == "[":
         at, end = text.index("[") + 1, len(text) - text.endswith("]")
     try:
         while (start := re.compile(r"[\s,]*").match(text, at).end()) < end:  # record by record, to know their lines
             record, at = json.JSONDecoder().raw_decode(text, start)
-            if "paragraphs" in record:
-                passages = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
-            else:
-                passages = [(title, " ".join(s.strip() for s in sentences)) for title, sentences in record["context"]]
-            answers = [record["answer"], *record.get("answer_aliases", [])]
-            if not passages or not all(isinstance(t, str) for t in [record["question"], *answers, *sum(passages, ())]):
-                raise TypeError
-            pool.update(dict.fromkeys(passages))
-            found += [(record["question"], answers)] if record.get("answerable", True) else []
+            found += parse(record)
         if end == len(text) and text.lstrip()[:1] == "[":
             raise json.JSONDecodeError("the list is not closed", text, end)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON's own is a ValueError
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
-        raise BadInput(f"--data {path}, line {line}: no whole record of HotpotQA or 2WikiMultihopQA (question, answer, "
-                       "context) or of MuSiQue (question, answer, paragraphs)") from None
+        raise BadInput(f"--data {path}, line {line}: want a record of {wanted}") from None
     if len(found) < 2:
         raise BadInput(f"--data {path}: {len(found)} questions in it; give two, one to train on and one to hold out")
-    index = BM25(list(pool))
-    return [Question(question, answers, index) for question, answers in found]
+    return found
+
+def batch_of(data: list, step: int, args) -> list:
+    """A training step's part of the data, or [] if there is none: each pass over it is in an order of its own."""
+    numbers, n = range(step * args.prompts, (step + 1) * args.prompts), len(data)
+    orders = {e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n) for e in {i // n for i in numbers if n}}
+    return [data[orders[i // n][i % n]] for i in numbers if n]
+
+def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
+    return tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)["input_ids"]
+
+def prompt_root(model, tokenizer, text: str) -> Node:
+    """A new root with a prompt, in the model's chat template if it has one. BadInput if the context has no room."""
+    context = model.config.max_position_embeddings
+    if tokenizer.chat_template:
+        chat = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    root = Node()
+    root.add(encode(tokenizer, text))
+    if len(root.tokens) >= context:
+        raise BadInput(f"--model: its context of {context} tokens is too short for {text[-60:]!r}; take another")
+    return root
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
     """Model, its attention being token_tree, and tokenizer, from a hub id or a folder. BadInput blames `flag`."""
@@ -836,7 +806,7 @@ def built_in_model(args, device: torch.device, folder: Path):
         node = agent.root(question)
         for text, found in demonstrate(question, args.hard, rng):
             node = Node(node)
-            node.add(agent.encode(text), sampled=True)
+            node.add(encode(tokenizer, text), sampled=True)
             node.add(agent.observation(found) if found else [])
         paths.append(node.path())
     warm_start(model, paths, args)
@@ -930,15 +900,36 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
 
+def held_out_success(agent) -> dict[str, float]:
+    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and greedily."""
+    right = Counter()
+    for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
+        generator = torch.Generator(agent.model.device).manual_seed(0)
+        for i in range(0, len(agent.held_out), 128):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
+            agent.play(starts, generator, temperature, 1.0, Counter())
+            right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
+    return {name: n / len(agent.held_out) for name, n in right.items()}
+
+def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]) -> str:
+    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
+    lines = ["```mermaid", "flowchart TD"]
+    for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
+        text = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in " ".join(text.split())[:160])
+        color = "fff" if value is None else "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
+        lines += [f'    n{i}["{text}{note and "<br>" + note}"]', f"    style n{i} fill:#{color},color:#000"]
+        trunk = f"|tree {node.tree + 1}|" * (node.parent is nodes[0])
+        lines += [f"    n{nodes.index(node.parent)} -->{trunk} n{i}"] if i else []
+    return "\n".join([*lines, "```", ""])
+
 def summary(out: Path, *counted: str) -> str:
     """The closing lines of a run, from its metrics; `counted` are the columns to add up."""
     evals, steps = ([row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train"))
-    table = [f"{'held-out success':20}{'before':>8}{'after':>8}"]
-    for words, name in (("sampled (T = 1)", "success"), ("greedy", "greedy_success")):
-        table.append(f"{words:20}{evals[0][name]:8.3f}{evals[-1][name]:8.3f}")
+    gains = (f"{evals[0][name]:.3f} -> {evals[-1][name]:.3f} {words}"
+             for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy")))
     totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
-    totals = f"{len(steps)} steps, {totals}, {sum(row['seconds'] for row in steps):.0f} s"
-    return "\n".join([*table, totals, f"model in {out / 'final'}"])
+    return (f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
+            f"{sum(row['seconds'] for row in steps):.0f} s\nmodel in {out / 'final'}")
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
@@ -949,16 +940,15 @@ def main(argv: list[str]) -> None:
         raise BadInput("--search-url: the built-in questions bring their own facts; give --data as well")
     try:
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
-    out = Path(args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.topk = args.topk or (3 if args.data else 1)
     args.turn_tokens = args.turn_tokens or (500 if args.data else 32)
-    args.out = str(out)
+    out = Path(args.out)
     rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
     training = read_questions(args.data) if args.data else []
@@ -985,7 +975,8 @@ def main(argv: list[str]) -> None:
     for parameter in policy.parameters() if policy is not model else ():  # not the buffers: RoPE needs float32
         parameter.data = parameter.data.to(torch.bfloat16)
     agent = Agent(policy, tokenizer, args, training, held_out)
-    train(args, state, model, policy, reference, tokenizer, agent.rollout, agent.credit, agent.evaluate, agent.picture)
+    train(args, state, model, policy, reference, tokenizer, agent.rollout, agent.credit,
+          functools.partial(held_out_success, agent), agent.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens", "tool_calls"))
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""The default run of tree_grpo.py over several seeds, beside two controls that get the same wall time.
+"""The default run of a script over several seeds, beside two controls that get the same wall time.
 
-    python benchmarks/default_run.py --seeds 0 1 2 3 4
+    python benchmarks/default_run.py tree_grpo --seeds 0 1 2 3 4
+    python benchmarks/default_run.py treerl
 
-Arms: "Tree-GRPO" is `python tree_grpo.py --seed S`. "supervised" spends the time of the reinforcement learning on more
-supervised steps on the same kind of demonstrations instead. "shuffled" is Tree-GRPO with the advantages of each prompt
-dealt out at random among its leaves: as many tokens and steps, no information, so it must not learn.
+Arms: the method's own is `python <script>.py --seed S`. "supervised" spends the time of the reinforcement learning on
+more supervised steps on the same kind of demonstrations instead. "shuffled" is the method without its information: as
+many tokens and steps, but in tree_grpo the advantages of each prompt are dealt out at random among its leaves, and in
+treerl their rewards are, before R(s) is computed from them; so it must not learn.
 Prints a Markdown table of held-out success and its mean and standard deviation over the seeds.
 """
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import random
@@ -21,18 +24,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import tree_grpo
+SCRIPTS = {"tree_grpo": ("Tree-GRPO", "Agent"), "treerl": ("TreeRL", "Solver")}  # name of the arm, class with credit()
 
 
-def run(*arguments) -> tuple[list[dict], float]:
+def run(script, *arguments) -> tuple[list[dict], float]:
     """(rows of metrics.jsonl, seconds of wall time) of one run of the script."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         began = time.perf_counter()
-        tree_grpo.main(["--out", f"{folder}/run", *map(str, arguments)])
-        return tree_grpo.read_metrics(Path(folder, "run")), time.perf_counter() - began
+        script.main(["--out", f"{folder}/run", *map(str, arguments)])
+        return script.read_metrics(Path(folder, "run")), time.perf_counter() - began
 
 
-def shuffled(credit):
+def shuffled_advantages(credit):
     """credit() with each prompt's advantages dealt out at random among its leaves."""
 
     def credit_shuffled(agent, step, groups):
@@ -43,27 +46,44 @@ def shuffled(credit):
     return credit_shuffled
 
 
+def shuffled_rewards(credit):
+    """credit() with each prompt's rewards dealt out at random among its leaves."""
+
+    def credit_shuffled(solver, step, groups):
+        rng = random.Random(step)
+        for leaves in (root.leaves() for _, root in groups):
+            rewards = [leaf.reward for leaf in leaves]
+            for leaf, reward in zip(leaves, rng.sample(rewards, len(rewards))):
+                leaf.reward = reward
+        return credit(solver, step, groups)
+
+    return credit_shuffled
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to tree_grpo.py")
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script")
     options = parser.parse_args()
-    credit, results = tree_grpo.Agent.credit, {"Tree-GRPO": [], "supervised": [], "shuffled": []}
-    sft_steps = tree_grpo.Args().sft_steps
+    script, (method, name) = importlib.import_module(options.script), SCRIPTS[options.script]
+    credit, results = getattr(script, name).credit, {method: [], "supervised": [], "shuffled": []}
+    shuffled = {"tree_grpo": shuffled_advantages, "treerl": shuffled_rewards}[options.script]
+    sft_steps = script.Args().sft_steps
     for seed in options.seeds:
         fixed = ["--seed", seed, *options.arguments]
-        rows, wall = run(*fixed)
+        rows, wall = run(script, *fixed)
         learning = sum(row["seconds"] for row in rows if row["event"] == "train")
-        results["Tree-GRPO"].append((rows, wall))
+        results[method].append((rows, wall))
         # what is not learning is the warm start and two evaluations; the warm start's share scales with its steps
         more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
-        results["supervised"].append(run(*fixed, "--steps", 0, "--sft-steps", more))
-        tree_grpo.Agent.credit = shuffled(credit)
-        results["shuffled"].append(run(*fixed))
-        tree_grpo.Agent.credit = credit
+        results["supervised"].append(run(script, *fixed, "--steps", 0, "--sft-steps", more))
+        getattr(script, name).credit = shuffled(credit)
+        results["shuffled"].append(run(script, *fixed))
+        getattr(script, name).credit = credit
         print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] for arm, runs in results.items()}}), flush=True)
     print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
-    warm = [rows[0] for rows, _ in results["Tree-GRPO"]]  # evaluations of the warm start that all three arms begin with
+    warm = [rows[0] for rows, _ in results[method]]  # evaluations of the warm start that all three arms begin with
     for arm, runs in results.items():
         columns = []
         for seed, before, (rows, wall) in zip(options.seeds, warm, runs):

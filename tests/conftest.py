@@ -1,11 +1,19 @@
-"""What the tests share: tiny models of both Qwen architectures, and plain forwards to compare with."""
+"""What the tests share: tiny models of both Qwen architectures, plain forwards to compare with, and what takes long to
+make for the tests of the scripts as seen from outside."""
 
 import copy
+import functools
+import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+pytest.register_assert_rewrite("outside")
+from outside import ENVIRONMENT, FORKING, make_models
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -42,6 +50,79 @@ def plain_logps(plain, path) -> torch.Tensor:
     return logps.gather(-1, tokens[0, 1:, None])[:, 0][sampled]
 
 
+def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
+    """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put together."""
+    n, small, statistic, cells = sum(counts), [0, 0.0], 0.0, 0
+    for seen, p in zip(counts, probs.tolist()):
+        if n * p < 5:
+            small[0] += seen
+            small[1] += n * p
+        else:
+            statistic, cells = statistic + (seen - n * p) ** 2 / (n * p), cells + 1
+    if small[1] > 0:
+        statistic, cells = statistic + (small[0] - small[1]) ** 2 / small[1], cells + 1
+    return statistic, cells - 1
+
+
 @pytest.fixture(params=["qwen2", "qwen3"])
 def architecture(request):
     return request.param
+
+
+# A module that takes the fixtures below says with SCRIPT which script it tests, and with SMALL and FIVE what the
+# arguments of a small run of the built-in task and of five steps are.
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory):
+    """fork_server(script, folder, *arguments) runs it there in a copy of one process: much quicker than a new one."""
+    command = [sys.executable, "-c", FORKING]
+    with subprocess.Popen(command, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        def quick_run(script, folder, *arguments):
+            output = tmp_path_factory.mktemp("output")
+            message = [str(script.path), str(folder), str(output), list(map(str, arguments))]
+            parent.stdin.write(json.dumps(message) + "\n")
+            parent.stdin.flush()
+            status = int(parent.stdout.readline())
+            stdout, stderr = ((output / name).read_text() for name in ("stdout", "stderr"))
+            return subprocess.CompletedProcess(arguments, status, stdout, stderr)
+
+        yield quick_run
+        parent.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def quick_run(request, fork_server):
+    return functools.partial(fork_server, request.module.SCRIPT)
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_models(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(request, tmp_path_factory):
+    """A run of five steps of the built-in task that nobody interrupts: (its folder, the finished process)."""
+    module, folder = request.module, tmp_path_factory.mktemp("whole")
+    return folder / "out", module.SCRIPT.ran(folder, *module.SMALL, *module.FIVE, "--out", "out")
+
+
+@pytest.fixture(scope="module")
+def runs(whole, tmp_path_factory):
+    """Folders for --resume, one good and several that cannot be continued."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(whole[0], folder / "good")
+    (folder / "nothing").mkdir()
+    (checkpoint,) = whole[0].glob("checkpoint-*")
+    state = torch.load(checkpoint / "state.pt", weights_only=True)
+    contents = {"other-script": {**state, "script": "other.py"}, "other-file": {"weights": torch.ones(2)}}
+    (folder / "no-state" / checkpoint.name).mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name / checkpoint.name).mkdir(parents=True)
+        torch.save(content, folder / name / checkpoint.name / "state.pt")
+    for name, damaged in {"cut-state": "state.pt", "cut-weights": "model.safetensors"}.items():
+        shutil.copytree(whole[0], folder / name)
+        path = folder / name / checkpoint.name / damaged
+        path.write_bytes(path.read_bytes()[:1000])
+    return folder

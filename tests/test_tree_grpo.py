@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import plain_logps, tiny_qwen
+from conftest import chi_square, plain_logps, tiny_qwen
 
 import tree_grpo
 from tree_grpo import (
@@ -325,20 +325,6 @@ def test_long_observations_go_in_piece_by_piece(monkeypatch):
     for one, other in zip(*([node for root in roots for node in root.below()] for roots in trees)):
         assert one.tokens == other.tokens
         assert one.logps == pytest.approx(other.logps, abs=1e-9)
-
-
-def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
-    """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put together."""
-    n, small, statistic, cells = sum(counts), [0, 0.0], 0.0, 0
-    for seen, p in zip(counts, probs.tolist()):
-        if n * p < 5:
-            small[0] += seen
-            small[1] += n * p
-        else:
-            statistic, cells = statistic + (seen - n * p) ** 2 / (n * p), cells + 1
-    if small[1] > 0:
-        statistic, cells = statistic + (small[0] - small[1]) ** 2 / small[1], cells + 1
-    return statistic, cells - 1
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 1.0), (1.3, 0.8)])

@@ -1,0 +1,589 @@
+"""TreeRL's mathematics on hand-worked trees, its search, and the exactness of what a fork inside a segment leaves."""
+
+import math
+import random
+from collections import Counter
+
+import pytest
+import torch
+from conftest import chi_square, plain_logps, tiny_qwen
+
+import treerl
+from treerl import (
+    Args,
+    Node,
+    Packed,
+    Problem,
+    Sample,
+    Solver,
+    eptree,
+    fork_candidates,
+    fork_points,
+    grpo_loss,
+    leave_one_out,
+    length,
+    packed_logps,
+    sample,
+    split,
+    step_rewards,
+)
+
+
+# ------------------------------------------------------------------------------------------------------- R(s), by hand
+def test_two_trunks_one_forked():
+    #            0 prompt
+    #          /   \          leaves 3 (right), 4 (wrong), 2 (right); V(0) = 2/3
+    #         1     2         node 1: L = {3, 4}, V = 1/2, G_A = L_A = 1/2 - 2/3 = -1/6, R = -1/3 / sqrt 2
+    #        / \              node 2: L = {2},    V = 1,   G_A = L_A = 1/3,              R =  2/3
+    #       3   4             node 3: V = 1, G_A = 1/3, L_A = 1/2, R = 5/6;  node 4: V = 0, R = -2/3 - 1/2 = -7/6
+    R = step_rewards([-1, 0, 0, 1, 1], {3: 1.0, 4: 0.0, 2: 1.0})
+    assert R.dtype == torch.float64
+    assert R.tolist() == pytest.approx([0, -1 / 3 / math.sqrt(2), 2 / 3, 5 / 6, -7 / 6])
+
+
+def test_a_fork_inside_a_fork():
+    #   0 - 1 - 2 - 4 (1)       one trunk, forked at two places; V(2) = 1/2, V(1) = V(0) = 1/3
+    #        \    \ 5 (0)       R(1) = (0 + 0) / sqrt 3 = 0
+    #         3 (0)             R(2) = ((1/2 - 1/3) + (1/2 - 1/3)) / sqrt 2 = 1/3 / sqrt 2,  R(3) = -1/3 - 1/3 = -2/3
+    #                           R(4) = (1 - 1/3) + (1 - 1/2) = 7/6,                          R(5) = -1/3 - 1/2 = -5/6
+    R = step_rewards([-1, 0, 1, 1, 2, 2], {4: 1, 5: 0, 3: 0})
+    assert R.tolist() == pytest.approx([0, 0, 1 / 3 / math.sqrt(2), -2 / 3, 7 / 6, -5 / 6], abs=1e-15)
+
+
+def forked_chain(forks: list[int]) -> tuple[list[int], list[int]]:
+    """Parents and leaves of one tree below node 0: a trunk with forks[i] new branches at its i-th cut."""
+    parents, leaves, spine = [-1, 0], [], 1
+    for n in forks:
+        for branch in range(n + 1):
+            parents.append(spine)
+            if branch:
+                leaves.append(len(parents) - 1)
+        spine = len(parents) - 1 - n
+    return parents, [*leaves, spine]
+
+
+def test_the_papers_shape_6_2_1_2():
+    # Each of 6 trunks is cut at 2 places, with 2 new branches at each: 5 leaves a tree, 30 together. All leaves of the
+    # first tree are right, all others wrong: V(root) = 1/6. In the first tree every node has V = 1: its first segment,
+    # above all 5 leaves, has G_A = L_A = 5/6, R = 5/3 / sqrt 5; the next, above 3, L_A = 0, R = 5/6 / sqrt 3; leaves
+    # have R = 5/6. In the other trees V = 0: first segments 2 (0 - 1/6) / sqrt 5, next -1/6 / sqrt 3, leaves -1/6.
+    parents, rewards, roles = [-1], {}, []
+    for tree in range(6):
+        own, leaves = forked_chain([2, 2])
+        offset = len(parents) - 1
+        parents += [p + offset if p else 0 for p in own[1:]]
+        rewards |= {leaf + offset: float(tree == 0) for leaf in leaves}
+        roles += [(tree, "first" if p == 0 else "leaf" if i in leaves else "next") for i, p in enumerate(own) if i]
+    assert len(rewards) == 30
+    R = step_rewards(parents, rewards).tolist()
+    first, other = ({"first": 2 * x / math.sqrt(5), "next": x / math.sqrt(3), "leaf": x} for x in (5 / 6, -1 / 6))
+    assert R[1:] == pytest.approx([(other if tree else first)[role] for tree, role in roles])
+
+
+def test_the_shape_2_1_2_2():
+    # Two trunks; in each of two rounds one fork per tree with two new branches: 2 (1 + 1 x 2 x 2) = 10 leaves. Tree one
+    # is forked twice in its trunk, tree two in its trunk and then in a side branch:
+    #   1 - 2 - 3*  (* right)        8 - 9
+    #    \   \- 4                     \- 10 - 12      leaves 3, 4, 5, 6, 7 and 9, 11, 12, 13, 14; right: 3, 12
+    #     \   \- 5                     \   \- 13      V(0) = 2/10
+    #      \- 6, 7                      \   \- 14     tree one: V(1) = 1/5, V(2) = 1/3
+    #                                    \- 11        tree two: V(8) = 1/5, V(10) = 1/3
+    parents = [-1, 0, 1, 2, 2, 2, 1, 1, 0, 8, 8, 8, 10, 10, 10]
+    rewards = dict.fromkeys((3, 12), 1.0) | dict.fromkeys((4, 5, 6, 7, 9, 11, 13, 14), 0.0)
+    inner = ((1 / 3 - 1 / 5) + (1 / 3 - 1 / 5)) / math.sqrt(3)  # nodes 2 and 10
+    right, below = (1 - 1 / 5) + (1 - 1 / 3), -1 / 5 - 1 / 3  # below them: node 3 and 12, and the wrong ones
+    beside = -1 / 5 - 1 / 5
+    expected = [0, 0, inner, right, below, below, beside, beside, 0, beside, inner, beside, right, below, below]
+    assert step_rewards(parents, rewards).tolist() == pytest.approx(expected, abs=1e-15)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, -3.1, 1e-9])
+def test_equal_rewards_give_exactly_zero(reward):
+    parents, leaves = forked_chain([2, 1, 3])
+    assert step_rewards(parents, dict.fromkeys(leaves, reward)).tolist() == [0.0] * len(parents)
+
+
+def test_lone_leaves_and_nodes_with_one_child():
+    assert step_rewards([-1], {0: 5.0}).tolist() == [0]  # nothing but the prompt
+    assert step_rewards([-1, 0], {1: 5.0}).tolist() == [0, 0]  # one leaf is all the prompt has: nothing to compare
+    # Node 1 has the one child 2: L, V and so G_A are the same, and L_A(2) = V(2) - V(1) = 0.
+    # V(0) = 1/2, R(1) = 1/2 + 1/2 = 1, R(2) = 1/2 + 0, R(3) = -1
+    assert step_rewards([-1, 0, 1, 0], {2: 1.0, 3: 0.0}).tolist() == [0, 1, 0.5, -1]
+
+
+def test_shift_and_scale():
+    rng = random.Random(0)
+    parents, leaves = forked_chain([2, 2, 1])
+    rewards = {leaf: rng.random() for leaf in leaves}
+    R = step_rewards(parents, rewards)
+    shifted = step_rewards(parents, {leaf: 3 * r - 7 for leaf, r in rewards.items()})
+    assert torch.allclose(shifted, 3 * R, atol=1e-12)
+
+
+def test_against_the_definition_on_random_trees():
+    rng = random.Random(1)
+    for _ in range(200):
+        parents = [-1, *(rng.randrange(i) for i in range(1, rng.randint(1, 40)))]
+        leaves = [i for i in range(len(parents)) if i not in parents]
+        rewards = {leaf: rng.choice([0.0, 1.0, rng.gauss(0, 2)]) for leaf in rng.sample(leaves, len(leaves))}
+
+        def below(s, parents=parents, leaves=leaves):
+            found = []
+            for leaf in leaves:
+                at = leaf
+                while at != s and at > 0:
+                    at = parents[at]
+                found += [leaf] if at == s else []
+            return found
+
+        V = [sum(rewards[leaf] for leaf in below(s)) / len(below(s)) for s in range(len(parents))]
+        expected = [((V[s] - V[0]) + (V[s] - V[parents[s]])) / math.sqrt(len(below(s))) if s else 0
+                    for s in range(len(parents))]
+        assert step_rewards(parents, rewards).tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_long_chain_of_nodes_is_no_recursion():
+    R = step_rewards([-1, *range(50_000), 0], {50_000: 1.0, 50_001: 0.0})
+    assert R[1] == 1 and R[50_000] == 0.5 and R[50_001] == -1
+
+
+@pytest.mark.parametrize(("parents", "rewards"), [
+    ([], {}), ([0], {0: 1.0}), ([-1, -1], {0: 1.0, 1: 1.0}), ([-1, 2, 0], {1: 0.0}), ([-1, 1], {1: 0.0}),
+    ([-1, 0, -2], {1: 0.0, 2: 0.0}), ([1, -1], {0: 1.0}),  # no tree, or children before their parents
+    ([-1, 0, 0], {1: 0.0}), ([-1, 0, 0], {}),  # a leaf without a reward
+    ([-1, 0, 1], {1: 0.0, 2: 0.0}), ([-1, 0], {0: 1.0, 1: 1.0}), ([-1, 0], {1: 0.0, 2: 0.0}),  # one elsewhere
+    ([-1, 0, 0], {1: 0.0, 2: math.nan}), ([-1, 0, 0], {1: math.inf, 2: 0.0}),
+])
+def test_wrong_trees_are_refused(parents, rewards):
+    with pytest.raises(ValueError, match="want"):
+        step_rewards(parents, rewards)
+
+
+def test_leave_one_out_by_hand():
+    # 1 - (0 + 0 + 1) / 3 = 2/3;  0 - (1 + 0 + 1) / 3 = -2/3
+    assert leave_one_out(torch.tensor([1.0, 0, 0, 1])).tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    assert leave_one_out(torch.tensor([0.7, 0.7, 0.7])).tolist() == [0, 0, 0]
+    assert leave_one_out(torch.tensor([3.0])).tolist() == [0]
+    # R(s) of independent chains is twice each reward's distance from the mean: the same but for a factor
+    R = step_rewards([-1, 0, 0, 0, 0], dict(enumerate([1.0, 0, 0, 1], 1)))[1:]
+    assert torch.allclose(R, leave_one_out(torch.tensor([1.0, 0, 0, 1])) * 2 * 3 / 4)
+
+
+# ----------------------------------------------------------------------------------------------------- where to fork
+def test_fork_points_are_the_least_likely_tokens():
+    logps = torch.tensor([-0.1, -3.0, -0.5, -3.0, -9.0, -0.5])
+    allowed = torch.tensor([True, True, True, True, False, True])
+    assert fork_points(logps, 2, allowed) == [1, 3]  # equals: the earlier first; the most uncertain is not allowed
+    assert fork_points(logps, 3, allowed) == [1, 3, 2]
+    assert fork_points(logps, 99, allowed) == [1, 3, 2, 5, 0]  # fewer where fewer are allowed
+    assert fork_points(logps, 0, allowed) == [] == fork_points(logps, 2, torch.zeros(6, dtype=torch.bool))
+    assert fork_points(torch.tensor([]), 2, torch.zeros(0, dtype=torch.bool)) == []
+    assert fork_points(torch.zeros(40), 3, torch.ones(40, dtype=torch.bool)) == [0, 1, 2]
+
+
+def branch(parent, logps, tree=0, tokens=None):
+    node = Node(parent, tree=tree)
+    node.add(tokens or [10 + i for i in range(len(logps))], True, logps)
+    node.kv, node.hidden = torch.randn(2, 2, 1, len(logps) - 1, 3), torch.randn(len(logps) - 1, 5)
+    return node
+
+
+def test_candidates_follow_the_rules():
+    root = Node(tokens=[1, 2])
+    root.sampled, root.logps = [False, False], [0.0, 0.0]
+    trunk, other = branch(root, [-1.0, -5, -2, -3, -4]), branch(root, [-8.0, -8], tree=1)
+    places, logps, allowed = fork_candidates(root, 0, lambda leaf: 4)
+    assert places == [(trunk, i) for i in range(5)] and logps.tolist() == [-1, -5, -2, -3, -4]
+    assert allowed.tolist() == [True, True, True, True, False]  # a trunk's first token may be; the answer is from 4 on
+    assert fork_candidates(root, 1, lambda leaf: 9)[0] == [(other, 0), (other, 1)]  # each tree for itself
+    # A fork at token 2 of the trunk: token 2 is not forked again, nor the first token of what starts there.
+    rest = split(trunk, 2)
+    side = branch(trunk, [-6.0, -7])
+    lengths = {rest: 4, side: 3}
+    places, logps, allowed = fork_candidates(root, 0, lambda leaf: lengths[leaf])
+    assert places == [(trunk, 0), (trunk, 1), (rest, 0), (rest, 1), (rest, 2), (side, 0), (side, 1)]
+    assert logps.tolist() == [-1, -5, -2, -3, -4, -6, -7]
+    # rest: 0 is the fork, 1 may be, 2 is the answer; side: 0 begins a side branch, 1 is the answer, which is from 3 on
+    assert allowed.tolist() == [True, True, False, True, False, False, False]
+    # A fork at the trunk's first token hangs from the root; from then on no branch of this tree is forked at its start.
+    assert split(trunk, 0) is trunk and trunk.parent is root
+    branch(root, [-9.0, -9])
+    allowed = fork_candidates(root, 0, lambda leaf: 9)[2]
+    assert allowed.tolist() == [False, True, False, True, True, False, True, False, True]
+    assert fork_candidates(root, 1, lambda leaf: 9)[2].tolist() == [True, True]  # that was the other tree's
+
+
+def test_split_keeps_everything():
+    root = Node(tokens=[1])
+    node = branch(root, [-1.0, -2, -3, -4])
+    node.tree = 3
+    below = [branch(node, [-1.0, -1]), branch(node, [-1.0, -1])]
+    node.kv, node.hidden = torch.randn(2, 2, 1, 4, 3), torch.randn(4, 5)
+    kv, hidden = node.kv, node.hidden
+    rest = split(node, 1)
+    assert node.children == [rest]
+    assert (node.tokens, rest.tokens) == ([10], [11, 12, 13]) and (node.logps, rest.logps) == ([-1], [-2, -3, -4])
+    assert node.sampled + rest.sampled == [True] * 4 and (node.tree, rest.tree) == (3, 3)
+    assert rest.children == below and all(child.parent is rest for child in below)
+    assert rest.parent is node and node.parent is root and root.children == [node]
+    assert torch.equal(torch.cat([node.kv, rest.kv], -2), kv)
+    assert torch.equal(torch.cat([node.hidden, rest.hidden]), hidden)
+    assert (node.cached, rest.cached) == (1, 3)
+    leaf = below[0]
+    leaf.reward = 1.0
+    assert split(leaf, 1).reward == 1.0 and leaf.reward is None and leaf.children[0].cached == 0
+    assert len(root.leaves()) == 2  # splitting adds none
+
+
+# ----------------------------------------------------------------------------------------------------------- the search
+def scripted(rng, lengths, end=99):
+    """play() without a model: branches of random lengths and log-probs, their KV only as long as it should be."""
+    calls = []
+
+    def play(starts):
+        calls.append([node for _, node, _ in starts])
+        for _, node, tree in starts:
+            new = branch(node, [-rng.random() for _ in range(rng.choice(lengths))], tree)
+            new.reward = float(rng.random() < 0.5)
+
+    return play, calls
+
+
+@pytest.mark.parametrize(("M", "N", "L", "T"), [
+    (6, 2, 1, 2), (2, 1, 2, 2), (2, 2, 2, 2), (1, 4, 3, 1), (3, 1, 1, 5), (4, 0, 1, 2), (4, 2, 0, 2), (1, 0, 0, 1)])
+def test_number_of_leaves_and_of_generations(M, N, L, T):
+    groups = [(None, Node(tokens=[1])) for _ in range(3)]
+    play, calls = scripted(random.Random(0), [12, 20, 30])
+    eptree(play, groups, M, N, L, T, lambda problem, leaf: 10**9)
+    for _, root in groups:
+        assert len(root.leaves()) == M * (1 + N * L * T)
+        for tree in range(M):
+            assert sum(leaf.tree == tree for leaf in root.leaves()) == 1 + N * L * T
+        for node in root.below():
+            assert node.parent is None or node in node.parent.children
+            assert all(child.tree == node.tree for child in node.children if node is not root)
+            # where something was forked, the old branch goes on and T new ones begin, in each tree
+            assert len(node.children) in ((0, T + 1) if node is not root else range(M, M * (T + 1) + 1))
+    assert len(calls) == 1 + (L if N else 0)
+    assert len(calls[0]) == 3 * M and all(len(call) == 3 * M * N * T for call in calls[1:])
+
+
+def test_fewer_leaves_where_places_run_out():
+    # Trunks of three tokens, of which the last is the answer: two places. Side branches have none of their own: of one
+    # token if they start at place 1 or 0 ... so after two forks per tree there is no place left for the third round.
+    root = Node(tokens=[1])
+    trunks, short = scripted(random.Random(0), [3])[0], scripted(random.Random(1), [1])[0]
+    eptree(lambda starts: (short if root.children else trunks)(starts), [(None, root)], 2, 9, 3, 2,
+           lambda problem, leaf: 2)
+    assert len(root.leaves()) == 2 * (1 + 2 * 2)
+    root = Node(tokens=[1])
+    eptree(scripted(random.Random(0), [3])[0], [(None, root)], 2, 9, 3, 2, lambda problem, leaf: 0)
+    assert len(root.leaves()) == 2  # an answer from the first token on: nowhere to fork
+
+
+def test_each_tree_forks_at_its_own_most_uncertain_tokens():
+    root, expected, found = Node(tokens=[1]), [], []
+    play, calls = scripted(random.Random(3), [15])
+
+    def watched(starts):
+        if calls:  # the forks: how many tokens of its tree lie above each
+            found.extend(sorted((tree, length(node.path()) - 1) for _, node, tree in starts))
+            return
+        play(starts)
+        for trunk in root.children:
+            ranked = sorted(range(12), key=lambda t, trunk=trunk: trunk.logps[t])  # the answer is from token 12 on
+            expected.extend((trunk.tree, t) for t in sorted(ranked[:3]) for _ in range(2))
+
+    eptree(watched, [(None, root)], 4, 3, 1, 2, lambda problem, leaf: 12)
+    assert found == expected and len(found) == 24
+
+
+# ----------------------------------------------------------------------------------- exactness where segments are split
+def search(model, seed=0, prompts=(3, 17, 30), shape=(3, 2, 2, 2), temperature=1.0, top_p=1.0, choose=fork_points):
+    """Trees of TreeRL's search by a tiny model, paths of at most 30 tokens, the last 5 of them "answer"."""
+    rng, generator, counts, groups = random.Random(seed), torch.Generator().manual_seed(seed), Counter(), []
+    for n in prompts:
+        groups.append((None, Node()))
+        groups[-1][1].add([rng.randrange(2, 50) for _ in range(n)])
+
+    def play(starts):
+        nodes = [Node(node, tree=tree) for _, node, tree in starts]
+        limits = [30 - length(node.path()[1:]) for node in nodes]
+        sample(model, nodes, limits, lambda tokens: False, {1}, generator, temperature, top_p, counts)
+        for node in nodes:
+            node.reward = float(sum(node.tokens) % 2)
+
+    eptree(play, groups, *shape, lambda problem, leaf: 25, choose)
+    return [root for _, root in groups], counts
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.2, 0.95)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_stored_logps_are_those_of_a_plain_forward(architecture, dtype, tolerance, temperature, top_p):
+    model, plain = tiny_qwen(architecture, dtype)
+    roots, _ = search(model, temperature=temperature, top_p=top_p)
+    leaves = [leaf for root in roots for leaf in root.leaves()]
+    assert len(leaves) > 60 and max(len(leaf.path()) for leaf in leaves) > 4  # forks inside forks
+    for leaf in leaves:
+        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+        with torch.no_grad():
+            expected = plain_logps(plain, leaf.path())
+        assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+
+
+def test_branches_change_nothing_of_the_trunk(architecture):
+    model, _ = tiny_qwen(architecture)
+    trunks, _ = search(model, shape=(3, 0, 0, 1))
+    before = [[(leaf.tokens, leaf.logps) for leaf in root.leaves()] for root in trunks]
+    grown, _ = search(model, shape=(3, 2, 2, 2))
+    for root, old in zip(grown, before):
+        found = []
+        for tree in range(3):
+            path = next(leaf for leaf in root.leaves() if leaf.tree == tree).path()[1:]
+            found.append(([t for node in path for t in node.tokens], [x for node in path for x in node.logps]))
+        assert found == old  # to the last bit
+
+
+def test_each_token_is_forwarded_once(architecture):
+    # Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else here has.
+    model, _ = tiny_qwen(architecture)
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0
+    seen = Counter()
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
+    for seed in range(50):
+        seen.clear()
+        roots, counts = search(model, seed=seed, prompts=(3, 9), shape=(2, 1, 2, 1))
+        nodes = [node for root in roots for node in root.below()]
+        if all(0 not in node.tokens for node in nodes):
+            break
+    assert all(0 not in node.tokens for node in nodes)
+    leaves = sum(len(root.leaves()) for root in roots)
+    assert seen.total() - seen[0] == length(nodes) - leaves == counts["forwarded_tokens"]
+    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
+    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
+    del seen[0]
+    assert seen == expected
+
+
+@pytest.mark.parametrize("at", [0, 4])
+def test_what_a_fork_draws_follows_the_policy(at):
+    # One trunk, forked at token `at` with 3,000 new branches of one token each: their first tokens against the policy's
+    # distribution there, from a plain forward. A p-value under 1e-4 would be bad luck of one in ten thousand.
+    model, plain = tiny_qwen("qwen2", torch.float64)
+    root = Node()
+    root.add([5, 6, 7])
+    generator = torch.Generator().manual_seed(0)
+    trunk = Node(root)
+    sample(model, [trunk], [9], lambda tokens: False, set(), generator, 1.0, 1.0, Counter())
+    prefix = root.tokens + trunk.tokens[:at]
+    parent = split(trunk, at).parent
+    new = [Node(parent) for _ in range(3000)]
+    sample(model, new, [1] * len(new), lambda tokens: False, set(), generator, 1.0, 1.0, Counter())
+    with torch.no_grad():
+        probs = plain(torch.tensor([prefix])).logits[0, -1].softmax(-1)
+    seen = Counter(node.tokens[0] for node in new)
+    statistic, freedom = chi_square([seen[token] for token in range(50)], probs)
+    assert torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)) > 1e-4
+    uniform = torch.full((50,), 1 / 50)  # the test can tell another distribution
+    assert torch.special.gammaincc(torch.tensor(49 / 2), torch.tensor(chi_square(
+        [seen[token] for token in range(50)], uniform)[0] / 2)) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
+def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture, dtype, tolerance):
+    # Every token of a segment carries R(s), and each kept leaf's path is a sequence of its own.
+    model, plain = tiny_qwen(architecture, dtype)
+    roots, _ = search(model)
+    rng, samples = random.Random(0), []
+    for root in roots:
+        nodes, leaves = root.below(), root.leaves()
+        parents = [nodes.index(node.parent) if node.parent else -1 for node in nodes]
+        R = step_rewards(parents, {i: node.reward for i, node in enumerate(nodes) if not node.children})
+        kept = rng.sample(leaves, 9)
+        advantages = [torch.cat([R[nodes.index(node)].expand(len(node.tokens)) for node in leaf.path()[1:]])
+                      for leaf in kept]
+        samples.append(Sample(root, kept, advantages, 1 / 9 / len(roots)))
+    packed = Packed(samples, "cpu")
+    logps, loss, separate = packed_logps(model, packed), 0.0, 0.0
+    for item, (index, mask) in zip(samples, packed.paths):
+        A = torch.nn.utils.rnn.pad_sequence(item.advantages, True)
+        loss = loss + item.weight * grpo_loss(logps[index], logps[index].detach(), None, A, mask)[0]
+        for leaf, advantage in zip(item.leaves, item.advantages):
+            own = plain_logps(plain, leaf.path())
+            separate = separate - item.weight * ((own - own.detach()).exp() * advantage).mean()
+    loss.backward()
+    separate.backward()
+    assert loss.item() == pytest.approx(separate.item(), abs=tolerance)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, atol=tolerance * theirs.grad.abs().max().item(), rtol=0), name
+
+
+# ----------------------------------------------------------------------------------------------------------- the solver
+class Letters:
+    """A tokenizer of one to three characters a token, 1 being the end."""
+    chat_template = None
+    pieces = ("?", "", "a", "b ", "####", " 7", "#", "##", " 12", "x##", "\n")
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(self.pieces[token] for token in tokens)
+
+
+def solver_of(model=None, **how):
+    solver = Solver.__new__(Solver)
+    solver.model, solver.tokenizer, solver.eos, solver.args = model, Letters(), {1}, Args(**how)
+    return solver
+
+
+@pytest.mark.parametrize(("tokens", "start"), [
+    ([2, 3, 4, 5, 1], 2), ([2, 3, 2, 1], 4), ([4, 5, 1], 0), ([4, 5, 10, 2, 4, 8, 1], 4),  # the last one counts
+    ([2, 9, 7, 5], 1),  # "x##" + "##": the answer begins inside a token
+    ([2, 6, 6, 6, 6, 5], 1), ([2, 3], 2), ([2, 4], 1), ([1], 1),
+])
+def test_where_the_final_answer_begins(tokens, start):
+    root = Node(tokens=[2, 2])
+    cut = len(tokens) // 2
+    upper = Node(root, tokens[:cut], [True] * cut, [0.0] * cut) if cut else root
+    leaf = Node(upper, tokens[cut:], [True] * (len(tokens) - cut), [0.0] * (len(tokens) - cut))
+    assert solver_of().answer_at(Problem("", "7"), leaf) == start
+
+
+def solved(rewards: list[float], shape=(3, 2, 1, 2)) -> Node:
+    """A root with a tree of scripted branches below it, with these leaf rewards."""
+    root = Node(tokens=[1])
+    eptree(scripted(random.Random(0), [12, 15])[0], [(None, root)], *shape, lambda problem, leaf: 10**9)
+    leaves = root.leaves()
+    for leaf, reward in zip(leaves, rewards * len(leaves)):
+        leaf.reward = reward
+    return root
+
+
+def test_credit_gives_each_token_the_reward_of_its_segment():
+    solver, roots = solver_of(keep=99, method="treerl"), [solved([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]), solved([1.0])]
+    one, flat = solver.credit(0, [(None, root) for root in roots])
+    nodes = roots[0].below()
+    R = step_rewards([nodes.index(node.parent) if node.parent else -1 for node in nodes],
+                     {i: node.reward for i, node in enumerate(nodes) if not node.children}).tolist()
+    assert len(one.leaves) == 15 and one.weight == 1 / 15 / 2
+    for leaf, A in zip(one.leaves, one.advantages):
+        expected = [R[nodes.index(node)] for node in leaf.path()[1:] for _ in node.tokens]
+        assert A.tolist() == pytest.approx(expected) and len(set(expected)) > 1
+    assert not any(A.any() for A in flat.advantages)  # nothing to compare
+
+
+def test_a_segments_weight_grows_with_the_root_of_its_leaves():
+    # Sum over the sequences that hold a segment of its tokens' advantage: |L(s)| R(s) = sqrt(|L(s)|) (G_A + L_A).
+    root = solved([1.0, 0.0, 0.0, 1.0, 0.0])
+    (item,) = solver_of(keep=99).credit(0, [(None, root)])
+    V = {node: sum(leaf.reward for leaf in node.leaves()) / len(node.leaves()) for node in root.below()}
+    for node in root.below()[1:]:
+        above = length(node.path()[1:]) - len(node.tokens)
+        paid = sum(float(A[above]) for leaf, A in zip(item.leaves, item.advantages) if node in leaf.path())
+        gains = V[node] - V[root] + V[node] - V[node.parent]
+        assert paid == pytest.approx(math.sqrt(len(node.leaves())) * gains, abs=1e-6)
+
+
+def test_kept_leaves_hold_a_right_one_if_there_is_one():
+    root = solved([0.0] * 14 + [1.0])
+    (right,) = (leaf for leaf in root.leaves() if leaf.reward)
+    seen = Counter()
+    for step in range(300):
+        (item,) = solver_of(keep=3).credit(step, [(None, root)])
+        assert len(set(item.leaves)) == 3 and right in item.leaves and item.weight == 1 / 3
+        seen.update(item.leaves)
+    assert min(seen.values()) > 15 and len(seen) == 15  # the others are at random
+    (item,) = solver_of(keep=3).credit(0, [(None, solved([0.0]))])
+    assert len(item.leaves) == 3  # there is none
+
+
+def test_chainrl_is_leave_one_out():
+    root = solved([1.0, 0.0, 0.0, 1.0], shape=(4, 0, 0, 1))
+    (item,) = solver_of(method="chainrl", keep=9).credit(0, [(None, root)])
+    for leaf, A in zip(item.leaves, item.advantages):
+        assert A.tolist() == pytest.approx([2 / 3 if leaf.reward else -2 / 3] * len(leaf.tokens))
+
+
+class Vocabulary(Letters):
+    """Token 2 + 3 i is "#### i"; all others are letters."""
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(f"#### {token // 3}\n" if token % 3 == 2 else "abc"[token % 3] for token in tokens if token != 1)
+
+
+def test_reward_needs_an_end_within_the_limits_and_the_right_answer():
+    model, _ = tiny_qwen("qwen2")
+    solver = solver_of(model, max_tokens=12)
+    solver.tokenizer = Vocabulary()
+    roots = [Node() for _ in range(200)]
+    for root in roots:
+        root.add([3, 4, 5])
+    problem, generator = Problem("", "4"), torch.Generator().manual_seed(0)
+    solver.play([(problem, root, 0) for root in roots], generator, 1.0, 1.0, Counter())
+    rewards = Counter()
+    for root in roots:
+        (leaf,) = root.children
+        answers = [token // 3 for token in leaf.tokens if token % 3 == 2]
+        ended, right = leaf.tokens[-1] == 1, answers[-1:] == [4]
+        assert leaf.reward == float(ended and right) and (ended or len(leaf.tokens) == 12)
+        rewards[ended, right] += 1
+    assert len(rewards) == 4  # all four cases have been seen
+
+
+def test_a_path_is_limited_as_a_whole():
+    model, _ = tiny_qwen("qwen2")
+    solver = solver_of(model, max_tokens=10)
+    solver.eos, solver.tokenizer, root = set(), Vocabulary(), Node()
+    root.add([3, 4, 5])
+    solver.play([(Problem("", "4"), root, 0)], None, 1.0, 1.0, Counter())
+    starts = [(Problem("", "4"), split(root.children[0], 7).parent, 0)] * 3
+    solver.play(starts, None, 1.0, 1.0, Counter())
+    assert [length(leaf.path()[1:]) for leaf in root.leaves()] == [10] * 4  # without the prompt
+    model.config.max_position_embeddings = 11
+    solver.play([(Problem("", "4"), root, 0)], None, 1.0, 1.0, Counter())
+    assert length(root.leaves()[-1].path()) == 11  # the context is the other limit
+
+
+def test_random_forks_are_anywhere_allowed():
+    # With the same trunks, forks at random places: all places before the answer come about equally often.
+    solver, seen = solver_of(method="random", M=1, N=1, L=1, T=1), Counter()
+    for seed in range(600):
+        root = Node(tokens=[1])
+        play, _ = scripted(random.Random(0), [10])
+        solver.root = lambda problem, root=root: root
+        solver.model = type("Model", (), {"device": "cpu"})
+        solver.play = lambda starts, *_, play=play: play(starts)
+        solver.answer_at = lambda problem, leaf: 6
+        solver.search([None], random.Random(seed), Counter())
+        trunk = root.children[0]
+        seen[len(trunk.tokens) if trunk.children else 0] += 1
+    assert sorted(seen) == [0, 1, 2, 3, 4, 5]
+    assert chi_square([seen[i] for i in range(6)], torch.full((6,), 1 / 6))[0] < 26  # p = 1e-4 at 5 degrees of freedom
+
+
+# --------------------------------------------------------------------------------------------------- built-in problems
+def test_built_in_problems_are_right_and_demonstrations_are_wrong_in_places():
+    rng, right, lines = random.Random(0), 0, Counter()
+    for _ in range(500):
+        problem = treerl.make_problem(rng, 8, False)
+        start, *ops = problem.text.removeprefix("Modulo 11, from ").replace(":", "").split()
+        value = int(start)
+        assert 5 <= len(ops) <= 8
+        for op in ops:
+            value = value * int(op[1:]) if op[0] == "*" else value + int(op)
+        assert problem.answer == str(value % 11)
+        text = treerl.demonstration(problem, rng)
+        *steps, last = text.splitlines()
+        assert [step.split()[1] for step in steps] == ops and last == f"#### {steps[-1].split()[-1]}"
+        assert [step.split()[0] for step in steps] == [start, *(step.split()[-1] for step in steps[:-1])]
+        for a, op, _, b in (step.split() for step in steps):
+            good = (int(a) * int(op[1:]) if op[0] == "*" else int(a) + int(op)) % 11 == int(b)
+            lines[op[0] == "*", good] += 1
+        right += treerl.is_right(treerl.final_answer(text, False)[1], problem)
+    assert lines[False, False] == 0 and 0.4 < lines[True, True] / (lines[True, True] + lines[True, False]) < 0.6
+    assert 0.25 < right / 500 < 0.55
+
+
+def test_held_out_problems_are_not_trained_on():
+    rng = random.Random(0)
+    held_out = {treerl.make_problem(rng, 8, True).text for _ in range(300)}
+    assert not held_out & {treerl.make_problem(rng, 8, False).text for _ in range(3000)}
