@@ -571,7 +571,8 @@ class Agent:
     def __init__(self, model, tokenizer, args, training: list[Question], held_out: list[Question]):
         self.model, self.tokenizer, self.args, self.training, self.held_out = model, tokenizer, args, training, held_out
         eos = model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]  # of a text, of a turn in a chat
+        self.eos = {*ends, *(eos if isinstance(eos, list) else [eos])}
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))
     def text(self, node: Node) -> str:  # what the policy wrote in it
         return self.tokenizer.decode([t for t, s in zip(node.tokens, node.sampled) if s], skip_special_tokens=True)
@@ -780,7 +781,7 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
         initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -985,7 +986,8 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try a lower --lr")
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "fewer --prompts"
+        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

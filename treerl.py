@@ -64,10 +64,10 @@ class Args:
     kl_coef: float = arg(0.0, "beta, weight of a KL to the starting model (0: no reference model)")
     temperature: float = arg(1.2, "of the draws in the search", low=1e-9)
     top_p: float = arg(0.95, "nucleus of the draws in the search", low=1e-9, high=1)
-    max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --data, 64 without)", low=1)
+    max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --data, else 8 * ops)", low=1)
     ops: int = arg(8, "built-in problems have 5 to this many operations", low=5, high=32)
     sft_steps: int = arg(300, "supervised steps that warm-start the built-in model")
-    eval_only: bool = arg(False, "search, on all of --data or on held-out built-in problems; no training")
+    eval_only: bool = arg(False, "search for --eval-prompts problems of --data, or built-in ones; no training")
     eval_prompts: int = arg(200, "held-out problems (of --data a fifth, rounded up, at most)", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
@@ -540,7 +540,8 @@ REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.
 NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
     r"(?:[A-Za-z ]*(?:[=:]|\bis\b))?\s*(?P<sign>[-−+]?)\s*"
     r"(?P<value>(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?)\s*"
-    r"(?!(?:hundred|thousand|[mb]illion|dozen|squared|cubed)\b)(?:[A-Za-z%°][A-Za-z%°. /]*)?\.?")
+    r"(?!(?i:hundred|thousand|[mbtr]+illion|dozen|squared|cubed|and|or|times|plus|minus|k|bn)\b)"
+    r"(?:[A-Za-z%°][A-Za-z%°. /]*)?\.?")
 
 class Problem(NamedTuple):
     text: str
@@ -565,7 +566,7 @@ def final_answer(text: str, latex: bool) -> tuple[int, str | None]:
 
 def number(text: str) -> Fraction | None:
     """The value of a text that says one number, be it with commas, a currency sign, "x =" or a unit around it."""
-    text = re.sub(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text.replace("{,}", ",").strip("* \n"))
+    text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text.replace("{,}", ",").strip("* \n"))
     text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", re.sub(r"(US)?\\?[$€£¥]|\\[,!;: ]|\\(?=%)", "", text))
     match = NUMBER.fullmatch(text.strip()) if len(text) < 100 else None
     return match and Fraction(match["value"].replace(",", "")) * (-1 if match["sign"] in ("-", "−") else 1)
@@ -575,7 +576,7 @@ def meaning(answer: str | None, latex: bool) -> Fraction | str | None:
     return None if answer is None else "".join(answer.split()) if latex else number(answer)
 
 def is_right(answer: str | None, problem: Problem) -> bool:
-    """Does a final answer equal the problem's? Nothing of it is ever evaluated as code."""
+    """Does a final answer equal the problem's, as found within seconds? Nothing of it is ever evaluated as code."""
     found, gold = (meaning(a, problem.latex) for a in (answer, problem.answer))
     if found is None or found == gold or not problem.latex or len(found) > 1000:
         return found is not None and found == gold
@@ -589,9 +590,9 @@ class Solver:
     def __init__(self, model, tokenizer, args, training: list[Problem], held_out: list[Problem]):
         self.model, self.tokenizer, self.args, self.training, self.held_out = model, tokenizer, args, training, held_out
         eos = model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos, tokenizer.eos_token_id])
-    def text(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]  # of a text, of a turn in a chat
+        self.text = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        self.eos = {*ends, *(eos if isinstance(eos, list) else [eos])}
     def solution(self, leaf: Node) -> list[int]:  # the tokens of its path after the prompt
         return [token for node in leaf.path()[1:] for token in node.tokens]
     def root(self, problem: Problem) -> Node:  # a model without chat template gets the built-in problems bare
@@ -605,9 +606,8 @@ class Solver:
     def play(self, starts: list[tuple[Problem, Node, int]], generator, temperature: float, top_p: float, counts):
         """For each (problem, node, tree) a new branch below the node, to its end, where it gets its reward: 1 if it has
         ended by itself within the limits and is right, else 0."""
-        args, context = self.args, self.model.config.max_position_embeddings
-        nodes = [Node(node, tree=tree) for _, node, tree in starts]
-        limits = [min(args.max_tokens + len(node.path()[0].tokens), context) - length(node.path()) for node in nodes]
+        nodes, context = [Node(node, tree=tree) for _, node, tree in starts], self.model.config.max_position_embeddings
+        limits = [min(self.args.max_tokens - length(node.path()[1:]), context - length(node.path())) for node in nodes]
         sample(self.model, nodes, limits, lambda tokens: False, self.eos, generator, temperature, top_p, counts)
         for (problem, _, _), node in zip(starts, nodes):
             answer = final_answer(self.text(self.solution(node)), problem.latex)[1]
@@ -626,8 +626,7 @@ class Solver:
         return groups
     def rollout(self, step: int):
         """The trees of one training step: ((problem, root) pairs, what to log of them)."""
-        args, rng = self.args, random.Random(f"{self.args.seed}/{step}")
-        counts = Counter(generated_tokens=0, forwarded_tokens=0, entropy=0.0)
+        args, rng, counts = self.args, random.Random(f"{self.args.seed}/{step}"), Counter()
         built_in = (make_problem(rng, args.ops, False) for _ in range(args.prompts))
         groups = self.search(batch_of(self.training, step, args) or list(built_in), rng, counts)
         rewards = [[leaf.reward for leaf in root.leaves()] for _, root in groups]
@@ -657,8 +656,7 @@ class Solver:
             samples.append(Sample(root, kept, advantages, 1 / len(kept) / len(groups)))
         return samples
     def explore(self) -> dict[str, float]:
-        """Search the held-out problems without training: pass rate (some leaf is right), accuracy (mean share of right
-        leaves), and distinct final answers per 1,000 generated tokens."""
+        """Search only: pass rate (some leaf is right), accuracy (share of right leaves), distinct answers by tokens."""
         rng, counts, shares, distinct = random.Random(self.args.seed), Counter(), [], 0
         for i in tqdm(range(0, len(self.held_out), self.args.prompts), "search", unit="batch"):
             for problem, root in self.search(self.held_out[i : i + self.args.prompts], rng, counts):
@@ -673,12 +671,12 @@ class Solver:
         """("tree.md", Mermaid): a prompt's trees, their segments in green or red by the sign of R(s)."""
         mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.root.leaves()}) > 1] or [0]
         problem, root = groups[mixed[0]]
-        nodes, R, kept = root.below(), self.process_rewards(root), samples[mixed[0]].leaves
+        nodes, R, name = root.below(), self.process_rewards(root), "A" if self.args.method == "chainrl" else "R(s)"
         words = [problem.text, *(self.text(node.tokens) for node in nodes[1:])]
-        ends = ["" if node.children else (", right" if node.reward else ", wrong") + ", not kept" * (node not in kept)
-                for node in nodes]
-        notes = [f"R(s) = {R[node]:+.2f}{end}" * (node is not root) for node, end in zip(nodes, ends)]
-        return "tree.md", mermaid(nodes, words, notes, [R[node] for node in nodes])
+        ends, kept = {None: "", 0.0: ", wrong", 1.0: ", right"}, samples[mixed[0]].leaves
+        notes = [f"{name} = {R[node]:+.2f}{ends[node.reward]}" + ", not kept" * (not node.children and node not in kept)
+                 for node in nodes[1:]]
+        return "tree.md", mermaid(nodes, words, ["", *notes], [R[node] for node in nodes])
 
 OPS = [f"{sign}{n}" for sign in "+-" for n in range(1, 6)] + [f"*{n}" for n in range(2, 6)]
 
@@ -701,8 +699,7 @@ def demonstration(problem: Problem, rng: random.Random) -> str:
         fact = random.Random(f"{value}{step}")
         rate, wrong = fact.uniform(0.1, 0.9), (result(int(value), step) + fact.randrange(1, 11)) % 11
         found = wrong if step[0] == "*" and rng.random() < rate else result(int(value), step)
-        lines.append(f" {value} {step} = {found}\n")
-        value = found
+        lines, value = [*lines, f" {value} {step} = {found}\n"], found
     return "".join(lines) + f"#### {value}"
 
 def read_problems(path: str) -> list[Problem]:
@@ -792,7 +789,7 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
         initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -940,6 +937,7 @@ def summary(out: Path, *counted: str) -> str:
             f"{sum(row['seconds'] for row in steps):.0f} s\nmodel in {out / 'final'}")
 
 def main(argv: list[str]) -> None:
+    sys.setrecursionlimit(10**4)  # a path may have as many nodes as tokens
     args, given = parse_args(Args, argv)
     folder, state = args.model, None
     if args.resume:
@@ -952,14 +950,16 @@ def main(argv: list[str]) -> None:
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1.5e-6 if args.model else 5e-4)
-    args.max_tokens = args.max_tokens or (8192 if args.data else 64)
+    args.max_tokens = args.max_tokens or (8192 if args.data else 8 * args.ops)
     out = Path(args.out)
     rng = random.Random(0)  # the same held-out problems for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_problem(rng, args.ops, True) for _ in range(args.eval_prompts)]
     training = read_problems(args.data) if args.data else []
+    if training and not folder:
+        raise BadInput("--data: the tiny model knows the built-in problems only; give --model as well")
     rng.shuffle(training)
     while len(held_out) < args.eval_prompts and len(training) > (0 if args.eval_only else 4 * len(held_out)):
-        held_out.append(training.pop())  # a fifth, rounded up; or, if nothing is to be trained on, all
+        held_out.append(training.pop())  # a fifth, rounded up; or, if nothing is to be trained on, as many as there are
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
         for problem in training + held_out:
@@ -980,10 +980,9 @@ def main(argv: list[str]) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
     solver = Solver(policy, tokenizer, args, training, held_out)
     if args.eval_only:
-        row = solver.explore()
-        (out / "metrics.jsonl").write_text(json.dumps(row) + "\n")
-        print("\n".join(f"{name.replace('_', ' '):34}{value:,.4g}" for name, value in list(row.items())[2:]))
-        return
+        (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
+        shown = {k.replace("_", " "): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for k, v in list(row.items())[2:]}
+        return print("\n".join(f"{name:34}{value}" for name, value in shown.items()))
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))
@@ -994,7 +993,8 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try a lower --lr")
+    except (FloatingPointError, torch.OutOfMemoryError) as error:
+        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "fewer --prompts"
+        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
     python benchmarks/search.py                   three models, 500 problems each; prints the table, draws the figure
     python benchmarks/search.py --seeds 0 --problems 100
+    python benchmarks/search.py --forks           only where the forks are, in the trees of M, N, L, T = 6, 2, 1, 2
 
 On held-out built-in problems and the warm-started model that training begins with, drawn at temperature 1.2 and top-p
 0.95: independent chains, EPTree, the same tree forked at random places, and MCTS. MCTS is UCT over lines, on the same
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -45,17 +47,13 @@ def solver_for(seed: int, folder: str) -> treerl.Solver:
 def set_shape(solver: treerl.Solver, method: str, M: int, N: int = 0, L: int = 0, T: int = 1) -> None:
     vars(solver.args).update(method=method, M=M, N=N, L=L, T=T)
 
-def trees(solver, problems, rng) -> tuple[list[list[float]], float, float]:
-    """(rewards of each problem's leaves, generated tokens a problem, distinct answers per 1,000 tokens)."""
-    counts, rewards, distinct = Counter(), [], 0
+def trees(solver, problems, rng) -> tuple[list[list[float]], float]:
+    """(rewards of each problem's leaves, generated tokens a problem)."""
+    counts, rewards = Counter(), []
     for i in range(0, len(problems), BATCH):
         for _, root in solver.search(problems[i : i + BATCH], rng, counts):
-            leaves = root.leaves()
-            rewards.append([leaf.reward for leaf in leaves])
-            answers = (treerl.final_answer(solver.text(solver.solution(leaf)), False)[1] for leaf in leaves)
-            distinct += len({treerl.number(answer) for answer in answers if answer is not None} - {None})
-    tokens = counts["generated_tokens"]
-    return rewards, tokens / len(problems), 1000 * distinct / tokens
+            rewards.append([leaf.reward for leaf in root.leaves()])
+    return rewards, counts["generated_tokens"] / len(problems)
 
 def mcts(solver, problems, rng, tokens: list[float], width: int, c: float) -> list[tuple[list[float], float]]:
     """(has each problem a right solution, generated tokens a problem) when each number of `tokens` has been reached."""
@@ -96,28 +94,57 @@ def chance(right: int, k: float) -> float:
     low = min(int(k), CHAINS - 1)
     return whole(low) + (k - low) * (whole(low + 1) - whole(low))
 
+def kinds_of_forks(solver, problems, rng) -> Counter:
+    """What the token was at which a tree was forked, in the branch that was there first."""
+    kinds = Counter()
+    for i in range(0, len(problems), BATCH):
+        for _, root in solver.search(problems[i : i + BATCH], rng, Counter()):
+            for trunk in root.children:
+                for node in trunk.below():
+                    for first in node.children[:1]:
+                        text = solver.text([*solver.solution(node), first.tokens[0]])
+                        line = re.search(r" (\d+) ([-+*]\d) = (\d+)$", text)
+                        kind = "product" if line and line[2][0] == "*" else "sum" if line else "other"
+                        right = line and treerl.result(int(line[1]), line[2]) == int(line[3])
+                        kinds[kind if kind == "other" else f"{'right' if right else 'wrong'} {kind}"] += 1
+    return kinds
+
+def report_forks(seeds: list[int], problems: list) -> None:
+    names = ("wrong product", "right product", "wrong sum", "right sum", "other")
+    print("Share of the forks by the token that was there first, the result of a line or something else:\n\n| forks | "
+          + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    found = {"EPTree": Counter(), "random": Counter()}
+    for seed in seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            solver = solver_for(seed, folder)
+        for method, name in (("treerl", "EPTree"), ("random", "random")):
+            set_shape(solver, method, 6, 2, 1, 2)
+            found[name] += kinds_of_forks(solver, problems, random.Random(f"forks/{seed}"))
+    for name, kinds in found.items():
+        print(f"| {name} | " + " | ".join(f"{kinds[kind] / kinds.total():.1%}" for kind in names) + " |")
+
 def mean_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
 
 def measure(seed: int, problems: list, width: int, c: float) -> dict:
-    """method -> shape -> (pass of each problem, pass of chains at as many tokens, tokens, distinct answers)."""
+    """method -> for each shape (pass of each problem, pass of chains at as many tokens, tokens)."""
     rng = random.Random(f"search/{seed}")
     with tempfile.TemporaryDirectory() as folder:
         solver = solver_for(seed, folder)
     set_shape(solver, "chainrl", CHAINS)
-    chains, cost, distinct = trees(solver, problems, rng)
+    chains, cost = trees(solver, problems, rng)
     right, cost = [int(sum(rewards)) for rewards in chains], cost / CHAINS
-    def row(passed, tokens, distinct):
-        return [passed, [chance(n, tokens / cost) for n in right], tokens, distinct]
+    def row(passed, tokens):
+        return passed, [chance(n, tokens / cost) for n in right], tokens
     found = {"EPTree": [], "random forks": []}
     for method, name in (("treerl", "EPTree"), ("random", "random forks")):
         for shape in SHAPES:
             set_shape(solver, method, *shape)
-            rewards, tokens, distinct = trees(solver, problems, rng)
-            found[name].append(row([max(r) for r in rewards], tokens, distinct))
-    budgets = sorted(tokens for _, _, tokens, _ in found["EPTree"])
-    found["MCTS"] = [row(passed, tokens, None) for passed, tokens in mcts(solver, problems, rng, budgets, width, c)]
-    found["chains"] = [row([chance(n, tokens / cost) for n in right], tokens, None) for tokens in budgets]
+            rewards, tokens = trees(solver, problems, rng)
+            found[name].append(row([max(r) for r in rewards], tokens))
+    budgets = [tokens for *_, tokens in found["EPTree"]]
+    found["MCTS"] = [row(passed, tokens) for passed, tokens in mcts(solver, problems, rng, budgets, width, c)]
+    found["chains"] = [row([chance(n, tokens / cost) for n in right], tokens) for tokens in budgets]
     found["accuracy"] = statistics.mean(right) / CHAINS
     return found
 
@@ -127,9 +154,12 @@ def main() -> None:
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--width", type=int, default=3, help="children of a node in MCTS")
     parser.add_argument("--c", type=float, default=1.0, help="weight of exploration in MCTS")
+    parser.add_argument("--forks", action="store_true", help="no pass rates, only where the forks are")
     options = parser.parse_args()
     rng = random.Random("search")
     problems = [treerl.make_problem(rng, 8, True) for _ in range(options.problems)]
+    if options.forks:
+        return report_forks(options.seeds, problems)
     results = []
     for seed in options.seeds:
         results.append(measure(seed, problems, options.width, options.c))
@@ -153,9 +183,9 @@ def main() -> None:
     with open(RESULTS / "search.jsonl", "w") as file:
         for seed, result in zip(options.seeds, results):
             for method in ("chains", "random forks", "MCTS", "EPTree"):
-                for shape, (passed, same, tokens, distinct) in zip(SHAPES, result[method]):
+                for shape, (passed, same, tokens) in zip(SHAPES, result[method]):
                     file.write(json.dumps({"seed": seed, "method": method, "budget": shape, "tokens": round(tokens, 1),
-                                           "pass": round(statistics.mean(passed), 4), "distinct": distinct,
+                                           "pass": round(statistics.mean(passed), 4),
                                            "chains": round(statistics.mean(same), 4)}) + "\n")
     import matplotlib
     matplotlib.use("Agg")

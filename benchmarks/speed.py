@@ -1,4 +1,4 @@
-"""How fast tree_grpo.py is, beside what one would otherwise run: `python benchmarks/speed.py`. Prints Markdown tables.
+"""How fast the scripts are, beside what one would otherwise run: `python benchmarks/speed.py`. Prints Markdown tables.
 
 A. Sampling with a shared prompt, against `generate` of transformers on as many independent chains, and on CUDA against
    its continuous batching, which shares the prompt too.
@@ -6,6 +6,7 @@ B. Training on each token of a tree once, against the leaves as a right-padded b
 C. A whole step (sampling, advantages, update with a KL to a reference model), against the GRPOTrainer of TRL.
 D. How the cost grows with the leaves, the prompt and the depth of a tree.
 E. How far a decode step is from reading the weights and the live keys and values once.
+F. treerl.py's trees on its built-in task: the search against as many tokens in chains, and B for its trees.
 
 What is compared takes turns within one run (A B A B), so a machine that slows down does so for both; times are medians.
 Look at the ratios, not at the seconds. Where other processes use the same cores, start it with OMP_WAIT_POLICY=passive:
@@ -35,6 +36,7 @@ from transformers import AttentionInterface, GenerationConfig, Qwen2Config, Qwen
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import tree_grpo
+import treerl
 from tree_grpo import Lanes, Node, Packed, Sample, grpo_loss, packed_logps
 
 # A: rows, lanes, prompt, leaf. B: the same and the width of the model; forks: as `comb` takes them. C: as A. D: rows,
@@ -544,10 +546,50 @@ def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
     print("\n1 would be a step that only reads. Above it are arithmetic, the calls of some hundred operations, "
           "and keys, values and\nscores that are read or written more than once.")
 
+# -------------------------------------------------------------------------------------------------------- F. treerl.py
+def treerl_trees(device: torch.device, repeats: int) -> None:
+    print("\n## F. treerl.py on its built-in task, 16 prompts\n\nBoth columns of seconds are for about as many tokens.")
+    args = treerl.Args(sft_steps=200, max_tokens=64, dtype="float32", device=str(device))
+    with tempfile.TemporaryDirectory() as folder:
+        model, tokenizer = treerl.calculator_model(args, device, Path(folder))
+    solver, grown = treerl.Solver(model, tokenizer, args, [], []), []
+    table("M, N, L, T", "leaves", "generated tokens", "chains", "chains, s", "tree, s", "tree / chains")
+    def search(method: str, *shape):
+        vars(args).update(zip("MNLT", shape), method=method)
+        return solver.rollout(0)
+    for shape in ((6, 2, 1, 2), (2, 2, 2, 2), (1, 2, 1, 2)):
+        groups, told = search("treerl", *shape)
+        chain = search("chainrl", 16, 0, 0, 1)[1]["generated_tokens"] / 16
+        M = round(told["generated_tokens"] / chain)
+        ours, chains = timed([lambda shape=shape: search("treerl", *shape), lambda M=M: search("chainrl", M, 0, 0, 1)],
+                             repeats, device)
+        grown.append((shape, groups))
+        leaves = sum(len(root.leaves()) for _, root in groups)
+        row(", ".join(map(str, shape)), leaves, f"{told['generated_tokens']:,}", M, f"{chains:.3f}", f"{ours:.3f}",
+            f"{ours / chains:.2f}")
+    columns = "r", "padded, s", "packed, s", "speed-up", "speed-up / r", "padded, MiB", "packed, MiB", "ratio"
+    table("treerl.py's own trees, 16 prompts", "leaves", *columns)
+    for shape, groups in grown:
+        for keep in (10**6, 16):
+            args.method, args.keep = "treerl", keep
+            torch.manual_seed(0)  # other advantages, as flat groups have no gradient, which could not be compared
+            samples = [item._replace(advantages=list(torch.randn(len(item.leaves))))
+                       for item in solver.credit(0, groups)]
+            kept = sum(len(item.leaves) for item in samples)
+            if keep == 16 and kept == sum(len(root.leaves()) for _, root in groups):
+                continue  # there are no more than that
+            (ratio, packed, padded, small, large), _ = compare(model, samples, repeats, device)
+            memory = ("-",) * 3
+            if small is not None:
+                memory = f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"
+            row(f"{', '.join(map(str, shape))}{', 16 kept' * (keep == 16)}", kept, f"{ratio:.2f}", f"{padded:.3f}",
+                f"{packed:.3f}", f"{padded / packed:.2f} x", f"{padded / packed / ratio:.2f}", *memory)
+            attend(model, "token_tree")
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parser.add_argument("--parts", nargs="+", choices=tuple("ABCDE"), default=tuple("ABCDE"), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=tuple("ABCDEF"), default=tuple("ABCDEF"), help="default: all")
     parser.add_argument("--model", choices=("tiny", *SIZES), help="default: tiny on a CPU, both Qwens on CUDA")
     parser.add_argument("--repeats", type=int, help="timed calls of each way, of which the median counts "
                                                     "(default: 5 on a CPU, 2 on CUDA)")
@@ -582,6 +624,8 @@ def main() -> None:
                     growth(size, shapes, device, repeats)
                 if part == "E":
                     decode(size, shapes, device, repeats)
+                if part == "F" and size == "tiny":
+                    treerl_trees(device, repeats)
             except Exception as error:  # on a GPU other parts may still fit into its memory
                 if not cuda:
                     raise

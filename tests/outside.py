@@ -160,7 +160,7 @@ def draw_tree(out):
     assert (first, second, last) == ("```mermaid", "flowchart TD", "```")
     labels, edges, styles = {}, [], []
     for line in body:
-        if node := re.fullmatch(r'    n(\d+)\["([^"`<>\[\]{}|]*(<br>R[^"`<>\[\]{}|]*)?)"\]', line):
+        if node := re.fullmatch(r'    n(\d+)\["([^"`<>\[\]{}|]*(<br>[RA][^"`<>\[\]{}|]*)?)"\]', line):
             labels[int(node[1])] = node[2]
         elif edge := re.fullmatch(r"    n(\d+) -->(?:\|tree \d+\|)? n(\d+)", line):
             edges.append((int(edge[1]), int(edge[2])))

@@ -1,5 +1,6 @@
 """What the pages cite is what the benchmarks measured, and the comparison's own arithmetic."""
 
+import json
 import math
 import random
 import re
@@ -10,11 +11,14 @@ import pytest
 import torch
 
 import tree_grpo
+import treerl
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import learning
+import learning_treerl
+import search
 
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
 OTHER_TABLES = ("script", "part", "leaf", "what", "equation")  # by their first column: not of measured figures
@@ -76,3 +80,77 @@ def test_observations_are_repeated(tmp_path, monkeypatch):
     found = agent.search([(question, f"{question.relations[0]} of {question.start}")])[0]
     monkeypatch.setattr(learning.Agent, "repeat", 3)
     assert tokenizer.decode(agent.observation(found)).count(found) == 3
+
+
+def test_treerl_tables_follow_from_the_runs():
+    page = (ROOT / "benchmarks" / "results" / "learning_treerl.md").read_text(encoding="utf-8")
+    assert learning_treerl.tables() in page
+
+
+def test_search_rows_follow_from_the_runs():
+    """Mean pass rate and tokens of the table against those of each model."""
+    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "search.jsonl").read_text().splitlines()]
+    page = (ROOT / "benchmarks" / "results" / "search.md").read_text(encoding="utf-8")
+    for method in ("chains", "random forks", "MCTS", "EPTree"):
+        for shape in search.SHAPES:
+            cell = re.search(rf"\| as {re.escape(str(shape))} \| {method} \| (\d+) \| ([0-9.]+) ±(.*)\|", page)
+            mine = [row for row in rows if row["method"] == method and tuple(row["budget"]) == shape]
+            assert len(mine) == 3 and float(cell[1]) == pytest.approx(sum(row["tokens"] for row in mine) / 3, abs=0.51)
+            assert float(cell[2]) == pytest.approx(sum(row["pass"] for row in mine) / 3, abs=6e-4)
+            if method != "chains":
+                gaps = re.findall(r"[+-][0-9.]+(?=,| \||$)", cell[3].strip())[-3:]
+                assert [float(gap) for gap in gaps] == pytest.approx([r["pass"] - r["chains"] for r in mine], abs=6e-4)
+
+
+def test_chance_of_a_right_chain():
+    # 40 chains, 4 right: two drawn at random miss with (36/40) (35/39); half way between one and two is their mean
+    assert search.chance(4, 1) == pytest.approx(0.1) and search.chance(0, 7.5) == 0 and search.chance(40, 1) == 1
+    assert search.chance(4, 2) == pytest.approx(1 - 36 / 40 * 35 / 39)
+    assert search.chance(4, 1.5) == pytest.approx((0.1 + 1 - 36 / 40 * 35 / 39) / 2)
+    assert search.chance(4, 40) == 1
+
+
+def test_mean_over_time():
+    row = {"cpu": [0, 2.0, 6.0], "success": [0.0, 0.4, 0.8]}
+    # to 2: 0.2 on average; from 2 to 4: 0.5 (0.4 at 2, 0.6 at 4); so (0.2 x 2 + 0.5 x 2) / 4
+    assert learning_treerl.mean_until(row, 4.0) == pytest.approx(0.35)
+    assert learning_treerl.mean_until(row, 6.0) == pytest.approx((0.2 * 2 + 0.6 * 4) / 6)
+    other = {"cpu": [0, 4.0], "success": [0.0, 1.0]}
+    assert learning_treerl.at_equal_time(row, other) == pytest.approx((0.35, 0.5))
+
+
+@pytest.fixture(scope="module")
+def calculator(tmp_path_factory):
+    args = treerl.Args(sft_steps=30, max_tokens=64, dtype="float32", prompts=4)
+    model, tokenizer = treerl.calculator_model(args, torch.device("cpu"), tmp_path_factory.mktemp("calculator"))
+    return model, tokenizer, args
+
+
+def test_treerl_arms_spend_the_budget(calculator, monkeypatch):
+    monkeypatch.setattr(learning_treerl, "BUDGET", 1500)
+    model, tokenizer, _ = calculator
+    for told, _ in learning_treerl.ARMS.values():
+        args, _ = treerl.parse_args(treerl.Args, told.split())
+        args.prompts, args.max_tokens = 4, 48
+        solver = learning_treerl.Solver(model, tokenizer, args, [], [])
+        spent = [solver.rollout(step)[1]["generated_tokens"] for step in range(4)]
+        assert abs(sum(spent) / 4 / 1500 - 1) < 0.2  # what is missed in one update is made up in the next
+
+
+def test_mcts_goes_down_where_rewards_are(calculator):
+    model, tokenizer, args = calculator
+    solver = treerl.Solver(model, tokenizer, args, [], [])
+    problems = [treerl.make_problem(random.Random(i), 8, True) for i in range(3)]
+    roots, whole = [], solver.root
+    solver.root = lambda problem: roots.append(whole(problem)) or roots[-1]
+    found = search.mcts(solver, problems, random.Random(0), [150, 300], 2, 1.0)
+    assert [tokens >= budget for (_, tokens), budget in zip(found, (150, 300))] == [True, True]
+    total = 0
+    for root, passed in zip(roots, found[-1][0]):
+        nodes = root.below()[1:]
+        total += sum(len(node.tokens) for node in nodes)
+        assert passed == max(leaf.reward for leaf in root.leaves())
+        assert all(len(node.children) <= 2 for node in [root, *nodes])  # the width
+        assert all("\n" not in solver.text(node.tokens[:-1]) for node in nodes)  # a node is a line
+        assert max(len(leaf.path()) for leaf in root.leaves()) > 3
+    assert total / 3 == pytest.approx(found[-1][1])

@@ -298,6 +298,51 @@ def test_each_tree_forks_at_its_own_most_uncertain_tokens():
     assert found == expected and len(found) == 24
 
 
+def replayed(M, N, L, T, rng, lengths):
+    """One search whose tokens are all different numbers, and the same from the rules, on explicit paths without nodes:
+    (what was forked after in each round, the paths at the end) of both."""
+    logps, answers, calls, root = {}, {}, [], Node(tokens=[-1])
+
+    def play(starts):
+        calls.append([])
+        for _, node, tree in starts:
+            prefix = [t for above in node.path()[1:] for t in above.tokens]
+            tokens = [len(logps) + i for i in range(min(rng.choice(lengths), 25 - len(prefix)))]
+            logps.update((t, -rng.random()) for t in tokens)
+            branch(node, [logps[t] for t in tokens], tree, tokens).reward = 0.0
+            answers[tokens[-1]] = len(prefix) + len(tokens) - rng.choice([0, 0, 1, 2, 5])  # by a path's last token
+            calls[-1].append((tree, prefix, tokens))
+
+    eptree(play, [(None, root)], M, N, L, T, lambda problem, leaf: answers[leaf.tokens[-1]])
+    paths = [(tree, tokens) for tree, _, tokens in calls[0]]  # the rules begin with the trunks
+    barred, rounds = set(), []  # side branches' first tokens, and where a tree was forked
+    for call in calls[1:]:
+        rounds.append([])
+        for tree in range(M):
+            seen = {}  # token -> (what comes before it, may it be forked); the path that was there first decides
+            for path in (path for t, path in paths if t == tree):
+                for i, token in enumerate(path):
+                    seen.setdefault(token, (path[:i], i < answers[path[-1]] and token not in barred))
+            chosen = sorted((t for t, (_, allowed) in seen.items() if allowed), key=logps.get)[:N]
+            rounds[-1] += [(tree, seen[t][0]) for t in chosen for _ in range(T)]
+            barred.update(chosen)
+        paths += [(tree, prefix + tokens) for tree, prefix, tokens in call]
+        barred.update(tokens[0] for _, _, tokens in call)
+    found = [(leaf.tree, [t for node in leaf.path()[1:] for t in node.tokens]) for leaf in root.leaves()]
+    return ([sorted((tree, prefix) for tree, prefix, _ in call) for call in calls[1:]], sorted(found)), (
+        [sorted(forks) for forks in rounds], sorted(paths)), root, logps
+
+
+def test_search_against_the_rules_on_random_trees():
+    rng = random.Random(5)
+    for _ in range(300):
+        M, N, L, T = rng.randint(1, 3), rng.randint(0, 4), rng.randint(0, 3), rng.randint(1, 3)
+        ours, rules, root, logps = replayed(M, N, L, T, rng, rng.choice([[1], [1, 2], [1, 2, 3], [3, 8], [12, 20]]))
+        assert ours == rules
+        for node in root.below()[1:]:
+            assert node.logps == [logps[t] for t in node.tokens] and (node.reward is None) == bool(node.children)
+
+
 # ----------------------------------------------------------------------------------- exactness where segments are split
 def search(model, seed=0, prompts=(3, 17, 30), shape=(3, 2, 2, 2), temperature=1.0, top_p=1.0, choose=fork_points):
     """Trees of TreeRL's search by a tiny model, paths of at most 30 tokens, the last 5 of them "answer"."""
@@ -422,16 +467,15 @@ def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture,
 # ----------------------------------------------------------------------------------------------------------- the solver
 class Letters:
     """A tokenizer of one to three characters a token, 1 being the end."""
-    chat_template = None
     pieces = ("?", "", "a", "b ", "####", " 7", "#", "##", " 12", "x##", "\n")
 
-    def decode(self, tokens, skip_special_tokens=True):
+    def decode(self, tokens):
         return "".join(self.pieces[token] for token in tokens)
 
 
 def solver_of(model=None, **how):
     solver = Solver.__new__(Solver)
-    solver.model, solver.tokenizer, solver.eos, solver.args = model, Letters(), {1}, Args(**how)
+    solver.model, solver.text, solver.eos, solver.args = model, Letters().decode, {1}, Args(**how)
     return solver
 
 
@@ -506,14 +550,14 @@ def test_chainrl_is_leave_one_out():
 class Vocabulary(Letters):
     """Token 2 + 3 i is "#### i"; all others are letters."""
 
-    def decode(self, tokens, skip_special_tokens=True):
+    def decode(self, tokens):
         return "".join(f"#### {token // 3}\n" if token % 3 == 2 else "abc"[token % 3] for token in tokens if token != 1)
 
 
 def test_reward_needs_an_end_within_the_limits_and_the_right_answer():
     model, _ = tiny_qwen("qwen2")
     solver = solver_of(model, max_tokens=12)
-    solver.tokenizer = Vocabulary()
+    solver.text = Vocabulary().decode
     roots = [Node() for _ in range(200)]
     for root in roots:
         root.add([3, 4, 5])
@@ -532,7 +576,7 @@ def test_reward_needs_an_end_within_the_limits_and_the_right_answer():
 def test_a_path_is_limited_as_a_whole():
     model, _ = tiny_qwen("qwen2")
     solver = solver_of(model, max_tokens=10)
-    solver.eos, solver.tokenizer, root = set(), Vocabulary(), Node()
+    solver.eos, solver.text, root = set(), Vocabulary().decode, Node()
     root.add([3, 4, 5])
     solver.play([(Problem("", "4"), root, 0)], None, 1.0, 1.0, Counter())
     starts = [(Problem("", "4"), split(root.children[0], 7).parent, 0)] * 3
@@ -587,3 +631,14 @@ def test_held_out_problems_are_not_trained_on():
     rng = random.Random(0)
     held_out = {treerl.make_problem(rng, 8, True).text for _ in range(300)}
     assert not held_out & {treerl.make_problem(rng, 8, False).text for _ in range(3000)}
+
+
+def test_the_longest_built_in_solution_fits(tmp_path):
+    # 4 tokens an operation, 2 for the answer and the end, within the default of 8 an operation
+    args = Args(sft_steps=0, dtype="float32", ops=32)
+    _, tokenizer = treerl.calculator_model(args, torch.device("cpu"), tmp_path)
+    rng = random.Random(0)
+    for _ in range(100):
+        problem = treerl.make_problem(rng, 32, False)
+        n = len(problem.text.split(":")[1].split())
+        assert len(treerl.encode(tokenizer, treerl.demonstration(problem, rng))) + 1 == 4 * n + 3 <= 8 * 32

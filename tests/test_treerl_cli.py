@@ -350,10 +350,10 @@ SMALL = ["--sft-steps", "32", "--ops", "5", "--prompts", "3", "--eval-prompts", 
 FIVE = ["--steps", "5", "--epochs", "2", "--lr", "0.0005", "--warmup", "2", "--kl-coef", "0.01"]
 
 def draw(out):
-    """draw_tree, after a check that all nodes but the prompt have an R(s) and exactly the leaves are right or wrong."""
+    """draw_tree, after a check that all nodes but the prompt have an R(s) or A and exactly the leaves are right or wrong."""
     labels, edges, leaves = draw_tree(out)
     for node, label in labels.items():
-        note = re.search(r"<br>R\(s\) = [+-]\d+\.\d\d(, right|, wrong)?(, not kept)?$", label)
+        note = re.search(r"<br>(?:R\(s\)|A) = [+-]\d+\.\d\d(, right|, wrong)?(, not kept)?$", label)
         assert bool(note) == (node != 0), label
         assert not note or bool(note[1]) == (node in leaves) and (not note[2] or node in leaves), label
     return labels, edges, leaves
@@ -563,6 +563,7 @@ def test_bad_argument(quick_run, tmp_path, line):
     ("--data", "--data {files}/missing.json"), ("--data", "--data {files}/empty.json"), ("--data", "--data {files}"),
     ("--data", "--data {files}/cut.jsonl --model {files}/qwen3"), ("--data", "--data {files}/foreign.json"),
     ("--data", "--data {files}/qwen3/model.safetensors"), ("--data", "--data {files}/one.jsonl"),
+    ("--data", "--data {files}/gsm8k.jsonl"), ("--data", "--data {files}/gsm8k.jsonl --eval-only"),  # without --model
     ("--data", "--data {files}/one.jsonl --eval-only"), ("--data", "--data {files}/empty.json --eval-only"),
     ("--model", "--model {files}/short --data {files}/gsm8k.jsonl"),
     ("--model", "--model {files}/short --data {files}/gsm8k.jsonl --eval-only"),
