@@ -1,5 +1,6 @@
 """TreeRL's mathematics on hand-worked trees, its search, and the exactness of what a fork inside a segment leaves."""
 
+import functools
 import math
 import random
 from collections import Counter
@@ -490,6 +491,19 @@ def test_where_the_final_answer_begins(tokens, start):
     upper = Node(root, tokens[:cut], [True] * cut, [0.0] * cut) if cut else root
     leaf = Node(upper, tokens[cut:], [True] * (len(tokens) - cut), [0.0] * (len(tokens) - cut))
     assert solver_of().answer_at(Problem("", "7"), leaf) == start
+
+
+def test_where_the_final_answer_begins_after_characters_of_many_tokens(tmp_path):
+    # The tiny model's tokenizer has a token for each byte, so an emoji is four of them and decodes to marks until then.
+    treerl.save_tiny_model(tmp_path, [" 7"], 0)
+    _, tokenizer = treerl.load_model(str(tmp_path), torch.device("cpu"))
+    solver = solver_of()
+    solver.text = functools.partial(tokenizer.decode, skip_special_tokens=True)
+    for before in ("", "a", "é", "1 🙂 2\n", "🙂🙂 漢字 ∑ "):
+        for answer, latex in (("#### 7 🙂", False), ("\\boxed{7} 🙂", True), ("\\fbox{7}", False)):
+            tokens = [*treerl.encode(tokenizer, before + answer), tokenizer.eos_token_id]
+            leaf = Node(Node(tokens=[2]), tokens, [True] * len(tokens), [0.0] * len(tokens))
+            assert solver.answer_at(Problem("", "7", latex), leaf) == len(before.encode())
 
 
 def solved(rewards: list[float], shape=(3, 2, 1, 2)) -> Node:

@@ -350,7 +350,7 @@ SMALL = ["--sft-steps", "32", "--ops", "5", "--prompts", "3", "--eval-prompts", 
 FIVE = ["--steps", "5", "--epochs", "2", "--lr", "0.0005", "--warmup", "2", "--kl-coef", "0.01"]
 
 def draw(out):
-    """draw_tree, after a check that each node but the prompt has its R(s) or A, and each leaf, and no other, its outcome."""
+    """draw_tree, after a check that all nodes but the prompt have an R(s) or A, and exactly the leaves an outcome."""
     labels, edges, leaves = draw_tree(out)
     for node, label in labels.items():
         note = re.search(r"<br>(?:R\(s\)|A) = [+-]\d+\.\d\d(, right|, wrong)?(, not kept)?$", label)
