@@ -987,7 +987,7 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "fewer --prompts"
+        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
         sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

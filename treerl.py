@@ -56,6 +56,7 @@ class Args:
     keep: int = arg(16, "leaves per prompt trained on, at random, a right one among them if there is any", low=1)
     steps: int = arg(60, "training steps")
     prompts: int = arg(16, "prompts per step", low=1)
+    at_once: int = arg(64, "prompts that are searched together: fewer need less memory and more time", low=1)
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1.5e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
@@ -100,11 +101,10 @@ def parse_args(cls, argv: list[str]):
 # ------------------------------------------------------------------------------------------------- TreeRL: the method
 def step_rewards(parents: Sequence[int], leaf_rewards: Mapping[int, float]) -> Tensor:
     """Process reward R(s) = (G_A(s) + L_A(s)) / sqrt(|L(s)|) of each node s of one prompt's tree (TreeRL).
-    L(s) are the leaves at or below s, V(s) the mean of their rewards, G_A(s) = V(s) - V(root) the global advantage and
-    L_A(s) = V(s) - V(parent of s) the local one. Node 0 is the root, that is the prompt, and gets 0.
-    parents: (nodes,), each node's parent, which comes before it, -1 for the root; leaf_rewards: reward of each node
-    without children. Returns (nodes,) in float64. Raises ValueError for another tree, a leaf without reward, a reward
-    elsewhere, or one that is not finite."""
+    L(s) are the leaves at or below s, V(s) the mean of their rewards, G_A(s) = V(s) - V(root), L_A(s) = V(s) - V(parent
+    of s). Node 0 is the root, that is the prompt, and gets 0. parents: (nodes,), each node's parent, which comes before
+    it, -1 for the root; leaf_rewards: reward of each node without children. Returns (nodes,) in float64. Raises
+    ValueError for another tree, a leaf without reward, a reward elsewhere, or one that is not finite."""
     if not len(parents) or parents[0] != -1 or not all(0 <= p < i for i, p in enumerate(parents) if i):
         raise ValueError(f"want a root with parent -1, then nodes whose parents come before them, got {parents}")
     leaves = set(range(len(parents))).difference(parents)
@@ -128,9 +128,8 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return (len(x) * x - x.sum()) / max(1, len(x) - 1)
 
 def fork_points(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
-    """The n most uncertain sampled tokens of one tree, H = -log pi of the token itself (EPTree), largest first, of
-    equals the earlier; fewer if fewer are allowed. logps: (P,), of all tokens of all branches of the tree, in nats;
-    allowed: (P,), bool. Returns positions in them."""
+    """The n most uncertain sampled tokens of a tree (EPTree): largest H = -log pi of the token itself first, of equals
+    the earlier; fewer if fewer are allowed. logps: (P,), in nats, of all branches; allowed: (P,), bool."""
     return logps.masked_fill(~allowed, math.inf).argsort(stable=True)[: min(n, int(allowed.sum()))].tolist()
 
 def fork_candidates(root: "Node", tree: int, answer_at) -> tuple[list[tuple["Node", int]], Tensor, Tensor]:
@@ -165,11 +164,10 @@ def split(node: "Node", t: int) -> "Node":
     return rest
 
 def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at, choose=fork_points) -> None:
-    """TreeRL's search below each root of `groups`, (problem, root) pairs, all together. M independent chains
-    from each root are the trunks of its trees; then L times, in each tree the N most uncertain tokens are drawn afresh
-    T times, each of these completed to the end: at most M (1 + N L T) leaves, by L + 1 parallel generations.
-    play(starts) adds below each (problem, node, tree) a branch to its end. choose(logps, N, allowed) picks the tokens,
-    answer_at(problem, leaf) says where answers begin. N = 0 gives chains."""
+    """TreeRL's search below each root of `groups`, (problem, root) pairs, all together. M independent chains from each
+    root are the trunks of its trees; then L times, in each tree the N most uncertain tokens are drawn afresh T times
+    and completed to the end: at most M (1 + N L T) leaves, by L + 1 parallel generations. play(starts) adds below each
+    (problem, node, tree) a branch to its end; answer_at(problem, leaf) is for fork_candidates. N = 0 gives chains."""
     play([(problem, root, tree) for problem, root in groups for tree in range(M)])
     for _ in range(L if N else 0):
         starts = []
@@ -618,11 +616,13 @@ class Solver:
         def anywhere(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
             return rng.sample(places := allowed.nonzero().flatten().tolist(), min(n, len(places)))
         groups = [(problem, self.root(problem)) for problem in problems]
-        eptree(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), groups,
-               args.M, args.N if args.method != "chainrl" else 0, args.L, args.T, self.answer_at,
-               anywhere if args.method == "random" else fork_points)
-        for node in (node for _, root in groups for node in root.below()):
-            node.kv = node.hidden = None  # the sampler is done with it
+        for i in range(0, len(groups), args.at_once):
+            part = groups[i : i + args.at_once]
+            eptree(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), part,
+                   args.M, args.N if args.method != "chainrl" else 0, args.L, args.T, self.answer_at,
+                   anywhere if args.method == "random" else fork_points)
+            for node in (node for _, root in part for node in root.below()):
+                node.kv = node.hidden = None  # the sampler is done with it
         return groups
     def rollout(self, step: int):
         """The trees of one training step: ((problem, root) pairs, what to log of them)."""
@@ -994,7 +994,7 @@ if __name__ == "__main__":
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
-        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "fewer --prompts"
+        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
         sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -601,6 +601,26 @@ def test_a_path_is_limited_as_a_whole():
     assert length(root.leaves()[-1].path()) == 11  # the context is the other limit
 
 
+def test_prompts_are_searched_so_many_at_once():
+    model, _ = tiny_qwen("qwen2")
+    widths, solver = [], solver_of(model, M=2, max_tokens=20)
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: widths.append(ids[0].shape[0]))
+    solver.text = Vocabulary().decode
+    for solver.args.at_once, lanes in ((9, 5 * 2), (2, 2 * 2)):
+        def root(problem):
+            node = Node()
+            node.add([3, 4, 5])
+            return node
+        solver.root = root
+        widths.clear()
+        groups = solver.search([Problem(str(i), "4") for i in range(5)], random.Random(0), Counter())
+        assert [problem.text for problem, _ in groups] == list("01234")
+        for _, root in groups:
+            assert {leaf.tree for leaf in root.leaves()} == {0, 1} and 2 <= len(root.leaves()) <= 10
+            assert all(node.kv is node.hidden is None for node in root.below())
+        assert widths[0] <= lanes / 2 and max(widths) <= lanes * 4  # prompts; then T N = 4 branches for each trunk
+
+
 def test_random_forks_are_anywhere_allowed():
     # With the same trunks, forks at random places: all places before the answer come about equally often.
     solver, seen = solver_of(method="random", M=1, N=1, L=1, T=1), Counter()
