@@ -731,7 +731,7 @@ def read_records(path: str, parse, wanted: str) -> list:
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
         raise BadInput(f"--data {path}, line {line}: want a record of {wanted}") from None
     if len(found) < 2:
-        raise BadInput(f"--data {path}: {len(found)} questions in it; give two, one to train on and one to hold out")
+        raise BadInput(f"--data {path}: {len(found)} records of use; give two or more, to train on and to hold out")
     return found
 
 def batch_of(data: list, step: int, args) -> list:
@@ -966,7 +966,7 @@ def main(argv: list[str]) -> None:
         if not state and any(out.iterdir()):
             raise FileExistsError(0, "is not empty")
     except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume this one") from None
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
     if not folder:
         model, tokenizer = built_in_model(args, device, out / "start")
     if args.grad_checkpointing:

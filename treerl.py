@@ -158,16 +158,17 @@ def split(node: "Node", t: int) -> "Node":
     rest.parent = node
     for child in rest.children:
         child.parent = rest
-    rest.kv, rest.hidden = node.kv[..., t:, :], node.hidden[t:]
+    if node.kv is not None:
+        (node.kv, rest.kv), node.hidden, rest.hidden = node.kv.tensor_split([t], -2), node.hidden[:t], node.hidden[t:]
     node.tokens, node.sampled, node.logps = node.tokens[:t], node.sampled[:t], node.logps[:t]
-    node.children, node.reward, node.kv, node.hidden = [rest], None, node.kv[..., :t, :], node.hidden[:t]
+    node.children, node.reward = [rest], None
     return rest
 
 def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at, choose=fork_points) -> None:
     """TreeRL's search below each root of `groups`, (problem, root) pairs, all together. M independent chains from each
     root are the trunks of its trees; then L times, in each tree the N most uncertain tokens are drawn afresh T times
-    and completed to the end: at most M (1 + N L T) leaves, by L + 1 parallel generations. play(starts) adds below each
-    (problem, node, tree) a branch to its end; answer_at(problem, leaf) is for fork_candidates. N = 0 gives chains."""
+    and completed: at most M (1 + N L T) leaves, by L + 1 parallel generations; N = 0 gives chains. play(starts) adds to
+    each (problem, node, tree) a child, Node(node, tree=tree), with tokens and log-probs to the end."""
     play([(problem, root, tree) for problem, root in groups for tree in range(M)])
     for _ in range(L if N else 0):
         starts = []
@@ -629,11 +630,10 @@ class Solver:
         args, rng, counts = self.args, random.Random(f"{self.args.seed}/{step}"), Counter()
         built_in = (make_problem(rng, args.ops, False) for _ in range(args.prompts))
         groups = self.search(batch_of(self.training, step, args) or list(built_in), rng, counts)
-        rewards = [[leaf.reward for leaf in root.leaves()] for _, root in groups]
+        won = [[leaf.reward for leaf in root.leaves()] for _, root in groups]
         counts["entropy"] /= counts["generated_tokens"]
-        reward = sum(map(sum, rewards)) / sum(map(len, rewards))
-        passed = sum(map(any, rewards)) / len(groups)
-        return groups, {"reward": reward, "success": reward, "pass_rate": passed, **counts}
+        reward = sum(map(sum, won)) / sum(map(len, won))
+        return groups, {"reward": reward, "success": reward, "pass_rate": sum(map(any, won)) / len(won), **counts}
     def process_rewards(self, root: Node) -> dict[Node, float]:
         """Each node's advantage: R(s), or of independent chains the leave-one-out advantage."""
         nodes = root.below()
@@ -739,7 +739,7 @@ def read_records(path: str, parse, wanted: str) -> list:
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
         raise BadInput(f"--data {path}, line {line}: want a record of {wanted}") from None
     if len(found) < 2:
-        raise BadInput(f"--data {path}: {len(found)} questions in it; give two, one to train on and one to hold out")
+        raise BadInput(f"--data {path}: {len(found)} records of use; give two or more, to train on and to hold out")
     return found
 
 def batch_of(data: list, step: int, args) -> list:
@@ -969,7 +969,7 @@ def main(argv: list[str]) -> None:
         if not state and any(out.iterdir()):
             raise FileExistsError(0, "is not empty")
     except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume this one") from None
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
     if not folder:
         model, tokenizer = calculator_model(args, device, out / "start")
     if args.grad_checkpointing:
@@ -982,7 +982,7 @@ def main(argv: list[str]) -> None:
     if args.eval_only:
         (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
         shown = {k.replace("_", " "): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for k, v in list(row.items())[2:]}
-        return print("\n".join(f"{name:34}{value}" for name, value in shown.items()))
+        return print("\n".join(f"{name:34}{value}" for name, value in shown.items()), f"\nin {out / 'metrics.jsonl'}")
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))

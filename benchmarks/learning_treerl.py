@@ -44,7 +44,8 @@ ARMS = {  # arm -> (its flags, number of updates)
     "9 chains": ("--method=chainrl --M=9 --keep=9", UPDATES * 3 // 2),
     "random": ("--method=random --M=6 --N=2 --L=1 --T=2", UPDATES)}
 COSTS = ("prompts", "generated_tokens", "forwarded_tokens", "rollout_cpu", "update_cpu")
-PAIRS = (("6,2,1,2", "18 chains"), ("2,2,2,2", "9 chains"), ("6,2,1,2", "2,2,2,2"), ("6,2,1,2", "random"))
+PAIRS = (("6,2,1,2", "18 chains"), ("2,2,2,2", "9 chains"), ("6,2,1,2", "2,2,2,2"), ("18 chains", "9 chains"),
+         ("6,2,1,2", "random"))
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 class Solver(treerl.Solver):
@@ -145,7 +146,7 @@ def figure() -> None:
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    found, colors = read_results(), dict(zip(ARMS, ("tab:green", "tab:blue", "tab:olive", "tab:cyan", "tab:orange")))
+    found, colors = read_results(), dict(zip(ARMS, ("tab:green", "tab:blue", "tab:purple", "tab:cyan", "tab:orange")))
     seeds = sorted(set.intersection(*map(set, found.values())))
     drawing, axes = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for arm, runs in found.items():

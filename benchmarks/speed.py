@@ -548,7 +548,7 @@ def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
 
 # -------------------------------------------------------------------------------------------------------- F. treerl.py
 def treerl_trees(device: torch.device, repeats: int) -> None:
-    print("\n## F. treerl.py on its built-in task, 16 prompts\n\nBoth columns of seconds are for about as many tokens.")
+    print("\n## F. treerl.py on its built-in task, 16 prompts\n\nTree and chains generate about as many tokens.")
     args = treerl.Args(sft_steps=200, max_tokens=64, dtype="float32", device=str(device))
     with tempfile.TemporaryDirectory() as folder:
         model, tokenizer = treerl.calculator_model(args, device, Path(folder))

@@ -214,6 +214,18 @@ def test_candidates_follow_the_rules():
     assert fork_candidates(root, 1, lambda leaf: 9)[2].tolist() == [True, True]  # that was the other tree's
 
 
+def test_a_play_of_ones_own_needs_no_kv():
+    """As with another sampler: nodes with tokens and log-probs only."""
+    root = Node(tokens=[1])
+
+    def play(starts):
+        for _, node, tree in starts:
+            Node(node, tree=tree).add([7, 8, 9, 7], True, [-0.1, -0.4, -0.2, -0.3])
+
+    eptree(play, [(None, root)], 2, 2, 1, 2, lambda problem, leaf: 4)
+    assert len(root.leaves()) == 2 * (1 + 2 * 2)
+
+
 def test_split_keeps_everything():
     root = Node(tokens=[1])
     node = branch(root, [-1.0, -2, -3, -4])
