@@ -982,7 +982,7 @@ def main(argv: list[str]) -> None:
     if args.eval_only:
         (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
         shown = {k.replace("_", " "): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for k, v in list(row.items())[2:]}
-        return print("\n".join(f"{name:34}{value}" for name, value in shown.items()), f"\nin {out / 'metrics.jsonl'}")
+        return print("\n".join([*(f"{name:34}{text}" for name, text in shown.items()), f"in {out / 'metrics.jsonl'}"]))
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))

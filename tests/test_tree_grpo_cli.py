@@ -91,7 +91,7 @@ def test_musique_keeps_aliases_and_leaves_out_the_unanswerable(tmp_path):
 def test_a_file_of_unanswerable_questions_has_no_questions(tmp_path):
     path = tmp_path / "musique.jsonl"
     path.write_text(lines([musique(answerable=False)] * 2))
-    assert re.search(r"\b(0|no) questions", refusal(path))
+    assert re.search(r"\b(0|no) records", refusal(path))
 
 @pytest.mark.parametrize("text", [json.dumps([hotpot("Où?"), hotpot()], ensure_ascii=False),
                                   lines([musique("Où?"), musique()]).replace("\\u00f9", "ù")])
@@ -136,7 +136,7 @@ def test_foreign_json(tmp_path, name):
 def test_files_without_questions(tmp_path, content):
     path = tmp_path / "empty.json"
     path.write_bytes(content)
-    assert re.search(r"\b(0|no) questions", refusal(path))
+    assert re.search(r"\b(0|no) records", refusal(path))
 
 def test_files_that_cannot_be_read(tmp_path):
     assert_unreadable_files_are_refused(refusal, tmp_path)
