@@ -359,7 +359,8 @@ def test_search_against_the_rules_on_random_trees():
 # ----------------------------------------------------------------------------------- exactness where segments are split
 def search(model, seed=0, prompts=(3, 17, 30), shape=(3, 2, 2, 2), temperature=1.0, top_p=1.0, choose=fork_points):
     """Trees of TreeRL's search by a tiny model, paths of at most 30 tokens, the last 5 of them "answer"."""
-    rng, generator, counts, groups = random.Random(seed), torch.Generator().manual_seed(seed), Counter(), []
+    rng, counts, groups = random.Random(seed), Counter(), []
+    generator = torch.Generator(model.device).manual_seed(seed)
     for n in prompts:
         groups.append((None, Node()))
         groups[-1][1].add([rng.randrange(2, 50) for _ in range(n)])
@@ -387,6 +388,21 @@ def test_stored_logps_are_those_of_a_plain_forward(architecture, dtype, toleranc
         with torch.no_grad():
             expected = plain_logps(plain, leaf.path())
         assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_search_and_packed_training_on_cuda(architecture):
+    model, plain = (m.to("cuda") for m in tiny_qwen(architecture))
+    roots, _ = search(model)
+    samples = [Sample(root, root.leaves(), [], 1.0) for root in roots]
+    logps = packed_logps(model, packed := Packed(samples, "cuda"))
+    for item, (index, mask) in zip(samples, packed.paths):
+        for leaf, row, drawn in zip(item.leaves, logps[index], mask):
+            stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+            with torch.no_grad():
+                expected = plain_logps(plain, leaf.path())
+            assert torch.allclose(torch.tensor(stored, device="cuda"), expected, atol=1e-3, rtol=0)
+            assert torch.allclose(row[drawn], expected, atol=1e-3, rtol=0)
 
 
 def test_branches_change_nothing_of_the_trunk(architecture):
