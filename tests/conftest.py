@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,49 @@ def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
     if small[1] > 0:
         statistic, cells = statistic + (small[0] - small[1]) ** 2 / small[1], cells + 1
     return statistic, cells - 1
+
+
+def assert_stored_logps(plain, leaves, tolerance):
+    """What the sampler stored on each path is what a plain forward of that path gives. Returns these, one per leaf."""
+    found = []
+    for leaf in leaves:
+        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
+        with torch.no_grad():
+            found.append(plain_logps(plain, leaf.path()))
+        stored = torch.tensor(stored, dtype=found[-1].dtype, device=found[-1].device)
+        assert torch.allclose(stored, found[-1], atol=tolerance, rtol=0)
+    return found
+
+
+def assert_exact_on_cuda(model, plain, samples, packed_logps, packed):
+    """The sampler's log-probs and the packed ones are those of plain forwards, in the rounding of a GPU."""
+    logps = packed_logps(model, packed)
+    for item, (index, mask) in zip(samples, packed.paths):
+        for expected, row, drawn in zip(assert_stored_logps(plain, item.leaves, 1e-3), logps[index], mask):
+            assert torch.allclose(row[drawn], expected, atol=1e-3, rtol=0)
+
+
+def assert_each_token_is_forwarded_once(model, grow):
+    """Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else has in the
+    first trees of the many that grow() makes, as (roots, counts), in which the policy never draws it either."""
+    with torch.no_grad():
+        model.lm_head.weight[0] = 0
+    seen = Counter()
+    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
+    for _ in range(1000):
+        seen.clear()
+        roots, counts = grow()
+        nodes = [node for root in roots for node in root.below()]
+        if all(0 not in node.tokens for node in nodes):
+            break
+    assert all(0 not in node.tokens for node in nodes)
+    tokens, leaves = sum(len(node.tokens) for node in nodes), sum(len(root.leaves()) for root in roots)
+    # but for the leaves' last tokens all of them, and once
+    assert seen.total() - seen[0] == tokens - leaves == counts["forwarded_tokens"]
+    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
+    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
+    del seen[0]
+    assert seen == expected
 
 
 @pytest.fixture(params=["qwen2", "qwen3"])

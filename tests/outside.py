@@ -64,6 +64,17 @@ class Script:
         assert result.stderr.count("\n") == 1 and result.stderr.endswith("\n"), result.stderr
         assert flag in result.stderr and result.stderr.startswith(f"{self.path.name}: ")
 
+    def assert_refused_and_nothing_written(self, quick_run, folder, flag, line, *kept):
+        """That command line is refused in `folder`, which stays empty, and the folders `kept` stay as they are."""
+        before = snapshot(*kept)
+        self.assert_refused(quick_run(folder, *line.split()), flag)
+        assert not snapshot(folder) and snapshot(*kept) == before
+
+    def assert_bad_data_is_named_with_its_line(self, quick_run, folder, path):
+        result = quick_run(folder, "--data", path)
+        last = path.read_text().count("\n") + 1
+        assert f"--data {path}, line {last}: " in result.stderr
+
     def assert_refused_before_slow_imports(self, folder, flag, value):
         code = (f"import runpy, sys\nsys.argv[:] = [{str(self.path)!r}, {flag!r}, {value!r}]\ntry:\n"
                 "    runpy.run_path(sys.argv[0], run_name='__main__')\nfinally:\n"
@@ -238,8 +249,13 @@ def assert_trained_model(out, text, most):
     assert start.keys() == final.keys() and not all(torch.equal(start[name], final[name]) for name in start)
     assert not (out / "checkpoint.tmp").exists() and len(list(out.glob("checkpoint-*"))) == 1
 
-def assert_same_first_step(out, whole):
-    """A run of one step took the same step as the first of the run in `whole`, up to rounding."""
+def assert_same_first_step(quick_run, folder, whole, *arguments):
+    """The warm-started model of the run in `whole`, given by --model, takes the same first step, up to rounding; and
+    activations that are computed again in the backward pass are the same activations."""
+    out = folder / "out"
+    told = [*arguments, "--steps", "1", "--model", whole / "start", "--grad-checkpointing", "--out", "out"]
+    assert quick_run(folder, *told).returncode == 0
+    assert not (out / "start").exists()  # nothing was warm-started
     (before, step, _), (was_before, was, *_) = metrics(out), metrics(whole)
     assert before == was_before
     assert step.keys() == was.keys()
@@ -288,6 +304,14 @@ def assert_broken_record_is_refused_with_its_line(refusal, path, good, broken):
     assert f"{path}, line {begins[2]}: " in refusal(path)
     path.write_text(lines([good, broken, good]))
     assert f"{path}, line 2: " in refusal(path)
+
+def assert_foreign_file_is_refused(refusal, path, text):
+    path.write_text(text)
+    assert f"{path}, line 1: " in refusal(path)
+
+def assert_empty_file_is_refused(refusal, path, content):
+    path.write_bytes(content)
+    assert re.search(r"\b(0|no) records", refusal(path))
 
 def assert_unreadable_files_are_refused(refusal, folder):
     picture = folder / "picture.png"

@@ -9,7 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import chi_square, plain_logps, tiny_qwen
+from conftest import (
+    assert_each_token_is_forwarded_once,
+    assert_exact_on_cuda,
+    assert_stored_logps,
+    chi_square,
+    plain_logps,
+    tiny_qwen,
+)
 
 import tree_grpo
 from tree_grpo import (
@@ -226,11 +233,7 @@ def test_sampler_logps_are_those_of_a_plain_forward(architecture, dtype, toleran
     roots, _ = grow(model, torch.Generator().manual_seed(0), random.Random(0))
     leaves = [leaf for root in roots for leaf in root.leaves()]
     assert len(leaves) > 12
-    for leaf in leaves:
-        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-        with torch.no_grad():
-            expected = plain_logps(plain, leaf.path())
-        assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+    assert_stored_logps(plain, leaves, tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -238,14 +241,7 @@ def test_sampler_and_packed_training_on_cuda(architecture):
     model, plain = (m.to("cuda") for m in tiny_qwen(architecture))
     roots, _ = grow(model, torch.Generator("cuda").manual_seed(0), random.Random(0))
     samples = [Sample(root, root.leaves(), [torch.ones(())] * len(root.leaves()), 1.0) for root in roots]
-    logps = packed_logps(model, packed := Packed(samples, "cuda"))
-    for item, (index, mask) in zip(samples, packed.paths):
-        for leaf, row, kept in zip(item.leaves, logps[index], mask):
-            stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-            with torch.no_grad():
-                expected = plain_logps(plain, leaf.path())
-            assert torch.allclose(torch.tensor(stored, device="cuda"), expected, atol=1e-3, rtol=0)
-            assert torch.allclose(row[kept], expected, atol=1e-3, rtol=0)
+    assert_exact_on_cuda(model, plain, samples, packed_logps, Packed(samples, "cuda"))
     trained(model, samples, dtype="bfloat16")
 
 
@@ -269,34 +265,13 @@ def test_bfloat16_copy_keeps_the_positions_exact(architecture):
 def test_logps_are_at_temperature_one_whatever_is_drawn():
     model, plain = tiny_qwen("qwen2", torch.float64)
     roots, _ = grow(model, torch.Generator().manual_seed(0), random.Random(0), temperature=0.7, top_p=0.9)
-    for leaf in (leaf for root in roots for leaf in root.leaves()):
-        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-        with torch.no_grad():
-            assert torch.allclose(torch.tensor(stored, dtype=torch.float64), plain_logps(plain, leaf.path()), atol=1e-6)
+    assert_stored_logps(plain, [leaf for root in roots for leaf in root.leaves()], 1e-6)
 
 
 def test_each_token_is_forwarded_once(architecture):
-    # Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else here has.
     model, _ = tiny_qwen(architecture)
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0
-    seen = Counter()
-    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
     rng, generator = random.Random(5), torch.Generator().manual_seed(5)
-    while True:  # a rollout in which the policy never draws token 0 either
-        seen.clear()
-        roots, counts = grow(model, generator, rng)
-        nodes = [node for root in roots for node in root.below()]
-        if all(0 not in node.tokens for node in nodes):
-            break
-    tokens = sum(len(node.tokens) for node in nodes)
-    leaves = sum(len(root.leaves()) for root in roots)
-    forwarded = seen.total() - seen[0]
-    assert forwarded == tokens - leaves == counts["forwarded_tokens"]  # but for the leaves' last tokens, all, and once
-    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
-    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
-    del seen[0]
-    assert seen == expected
+    assert_each_token_is_forwarded_once(model, lambda: grow(model, generator, rng))
 
 
 def test_finished_lanes_leave_the_batch():

@@ -1,13 +1,21 @@
 """TreeRL's mathematics on hand-worked trees, its search, and the exactness of what a fork inside a segment leaves."""
 
 import functools
+import itertools
 import math
 import random
 from collections import Counter
 
 import pytest
 import torch
-from conftest import chi_square, plain_logps, tiny_qwen
+from conftest import (
+    assert_each_token_is_forwarded_once,
+    assert_exact_on_cuda,
+    assert_stored_logps,
+    chi_square,
+    plain_logps,
+    tiny_qwen,
+)
 
 import treerl
 from treerl import (
@@ -383,11 +391,7 @@ def test_stored_logps_are_those_of_a_plain_forward(architecture, dtype, toleranc
     roots, _ = search(model, temperature=temperature, top_p=top_p)
     leaves = [leaf for root in roots for leaf in root.leaves()]
     assert len(leaves) > 60 and max(len(leaf.path()) for leaf in leaves) > 4  # forks inside forks
-    for leaf in leaves:
-        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-        with torch.no_grad():
-            expected = plain_logps(plain, leaf.path())
-        assert torch.allclose(torch.tensor(stored, dtype=dtype), expected, atol=tolerance, rtol=0)
+    assert_stored_logps(plain, leaves, tolerance)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -395,14 +399,7 @@ def test_search_and_packed_training_on_cuda(architecture):
     model, plain = (m.to("cuda") for m in tiny_qwen(architecture))
     roots, _ = search(model)
     samples = [Sample(root, root.leaves(), [], 1.0) for root in roots]
-    logps = packed_logps(model, packed := Packed(samples, "cuda"))
-    for item, (index, mask) in zip(samples, packed.paths):
-        for leaf, row, drawn in zip(item.leaves, logps[index], mask):
-            stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-            with torch.no_grad():
-                expected = plain_logps(plain, leaf.path())
-            assert torch.allclose(torch.tensor(stored, device="cuda"), expected, atol=1e-3, rtol=0)
-            assert torch.allclose(row[drawn], expected, atol=1e-3, rtol=0)
+    assert_exact_on_cuda(model, plain, samples, packed_logps, Packed(samples, "cuda"))
 
 
 def test_branches_change_nothing_of_the_trunk(architecture):
@@ -419,25 +416,10 @@ def test_branches_change_nothing_of_the_trunk(architecture):
 
 
 def test_each_token_is_forwarded_once(architecture):
-    # Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else here has.
     model, _ = tiny_qwen(architecture)
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0
-    seen = Counter()
-    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
-    for seed in range(50):
-        seen.clear()
-        roots, counts = search(model, seed=seed, prompts=(3, 9), shape=(2, 1, 2, 1))
-        nodes = [node for root in roots for node in root.below()]
-        if all(0 not in node.tokens for node in nodes):
-            break
-    assert all(0 not in node.tokens for node in nodes)
-    leaves = sum(len(root.leaves()) for root in roots)
-    assert seen.total() - seen[0] == length(nodes) - leaves == counts["forwarded_tokens"]
-    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
-    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
-    del seen[0]
-    assert seen == expected
+    seeds = itertools.count()
+    assert_each_token_is_forwarded_once(
+        model, lambda: search(model, seed=next(seeds), prompts=(3, 9), shape=(2, 1, 2, 1)))
 
 
 @pytest.mark.parametrize("at", [0, 4])

@@ -22,6 +22,8 @@ from outside import (
     assert_chains,
     assert_cut_line_is_refused,
     assert_cut_list_is_refused,
+    assert_empty_file_is_refused,
+    assert_foreign_file_is_refused,
     assert_loads_as_qwen3,
     assert_same_first_step,
     assert_small_run,
@@ -166,15 +168,11 @@ NOT_OURS = {
 
 @pytest.mark.parametrize("name", NOT_OURS)
 def test_foreign_json(tmp_path, name):
-    path = tmp_path / "foreign.json"
-    path.write_text(NOT_OURS[name])
-    assert f"{path}, line 1: " in refusal(path)
+    assert_foreign_file_is_refused(refusal, tmp_path / "foreign.json", NOT_OURS[name])
 
 @pytest.mark.parametrize("content", EMPTY)
 def test_files_without_problems(tmp_path, content):
-    path = tmp_path / "empty.json"
-    path.write_bytes(content)
-    assert re.search(r"\b(0|no) records", refusal(path))
+    assert_empty_file_is_refused(refusal, tmp_path / "empty.json", content)
 
 def test_a_file_of_one_problem(tmp_path):
     path = tmp_path / "one.jsonl"
@@ -398,13 +396,7 @@ def test_built_in_run_leaves_a_model_for_transformers(whole):
     assert_trained_model(whole[0], "Modulo 11, from 3: +4 *2 -1\n 3 +4 = 7\n#### 10", most=16)
 
 def test_a_folder_as_model_and_recomputed_activations_change_nothing(quick_run, whole, tmp_path):
-    # The warm-started model of the built-in run, given by --model, takes the same first step; and activations that are
-    # computed again in the backward pass are the same activations.
-    out, _ = whole
-    arguments = [*SMALL, *FIVE, "--steps", "1", "--model", out / "start", "--grad-checkpointing", "--out", "out"]
-    assert quick_run(tmp_path, *arguments).returncode == 0
-    assert_same_first_step(tmp_path / "out", out)
-    assert not (tmp_path / "out" / "start").exists()  # nothing was warm-started
+    assert_same_first_step(quick_run, tmp_path, whole[0], *SMALL, *FIVE)
 
 def test_chains_in_bfloat16_without_a_reference(quick_run, whole, tmp_path):
     arguments = [*SMALL, "--method", "chainrl", "--M", "6", "--dtype", "bfloat16", "--prompts", "4", "--steps", "2",
@@ -557,9 +549,7 @@ OWN_BAD_ARGUMENTS = re.split(r"\||\n\s*", """
 
 @pytest.mark.parametrize("line", BAD_ARGUMENTS + OWN_BAD_ARGUMENTS)
 def test_bad_argument(quick_run, tmp_path, line):
-    result = quick_run(tmp_path, *line.split())
-    SCRIPT.assert_refused(result, re.split("[ =]", line)[0])
-    assert not snapshot(tmp_path)
+    SCRIPT.assert_refused_and_nothing_written(quick_run, tmp_path, re.split("[ =]", line)[0], line)
 
 @pytest.mark.parametrize("flag, line", [
     ("--data", "--data {files}/missing.json"), ("--data", "--data {files}/empty.json"), ("--data", "--data {files}"),
@@ -574,15 +564,11 @@ def test_bad_argument(quick_run, tmp_path, line):
     *BAD_FOLDERS,
 ])
 def test_bad_file_or_folder(quick_run, files, runs, tmp_path, flag, line):
-    before = snapshot(files, runs)
-    result = quick_run(tmp_path, *line.format(files=files, runs=runs).split())
-    SCRIPT.assert_refused(result, flag)
-    assert not snapshot(tmp_path) and snapshot(files, runs) == before
+    line = line.format(files=files, runs=runs)
+    SCRIPT.assert_refused_and_nothing_written(quick_run, tmp_path, flag, line, files, runs)
 
 def test_bad_data_is_named_with_its_line(quick_run, files, tmp_path):
-    result = quick_run(tmp_path, "--data", files / "cut.jsonl")
-    last = (files / "cut.jsonl").read_text().count("\n") + 1
-    assert f"--data {files / 'cut.jsonl'}, line {last}: " in result.stderr
+    SCRIPT.assert_bad_data_is_named_with_its_line(quick_run, tmp_path, files / "cut.jsonl")
 
 def test_a_process_of_its_own_is_as_quiet(files, tmp_path):
     # The cases above run in copies of one process, where all imports are done; so once without that help.
