@@ -156,9 +156,14 @@ class Node:
         self.sampled += [sampled] * len(tokens)
         self.logps += logps or [0.0] * len(tokens)
     def path(self) -> list["Node"]:  # from the root to this node
-        return (self.parent.path() if self.parent else []) + [self]
-    def below(self) -> list["Node"]:  # this node and all under it, parents before children
-        return [self] + [node for child in self.children for node in child.below()]
+        nodes = [self]
+        while nodes[-1].parent:
+            nodes.append(nodes[-1].parent)
+        return nodes[::-1]
+    def below(self) -> list["Node"]:  # this node and all under it, a child with all under it before the next child
+        for i, node in enumerate(nodes := [self]):  # it grows on the way
+            nodes[i + 1 : i + 1] = node.children
+        return nodes
     def leaves(self) -> list["Node"]:
         return [node for node in self.below() if not node.children]
     @property

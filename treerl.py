@@ -154,8 +154,7 @@ def split(node: "Node", t: int) -> "Node":
     each with its part of the KV and hidden states. Returns the node that begins with token t; a fork is its sibling."""
     if t == 0:
         return node
-    rest = Node(None, node.tokens[t:], node.sampled[t:], node.logps[t:], node.children, node.tree, node.reward)
-    rest.parent = node
+    rest = Node(node, node.tokens[t:], node.sampled[t:], node.logps[t:], node.children[:], node.tree, node.reward)
     for child in rest.children:
         child.parent = rest
     if node.kv is not None:
@@ -202,9 +201,14 @@ class Node:
         self.sampled += [sampled] * len(tokens)
         self.logps += logps or [0.0] * len(tokens)
     def path(self) -> list["Node"]:  # from the root to this node
-        return (self.parent.path() if self.parent else []) + [self]
-    def below(self) -> list["Node"]:  # this node and all under it, parents before children
-        return [self] + [node for child in self.children for node in child.below()]
+        nodes = [self]
+        while nodes[-1].parent:
+            nodes.append(nodes[-1].parent)
+        return nodes[::-1]
+    def below(self) -> list["Node"]:  # this node and all under it, a child with all under it before the next child
+        for i, node in enumerate(nodes := [self]):  # it grows on the way
+            nodes[i + 1 : i + 1] = node.children
+        return nodes
     def leaves(self) -> list["Node"]:
         return [node for node in self.below() if not node.children]
     @property
@@ -594,23 +598,21 @@ class Solver:
         self.eos = {*ends, *(eos if isinstance(eos, list) else [eos])}
     def solution(self, leaf: Node) -> list[int]:  # the tokens of its path after the prompt
         return [token for node in leaf.path()[1:] for token in node.tokens]
+    def answer(self, problem: Problem, leaf: Node) -> tuple[int, str | None]:  # where in the text, what it says
+        return final_answer(self.text(self.solution(leaf)), problem.latex)
     def root(self, problem: Problem) -> Node:  # a model without chat template gets the built-in problems bare
         told = REQUEST * bool(self.tokenizer.chat_template or self.args.data)
         return prompt_root(self.model, self.tokenizer, told + problem.text)
-    def answer_at(self, problem: Problem, leaf: Node) -> int:
-        """The number of the token with which a path's final answer begins, counted from the prompt's end."""
-        tokens = self.solution(leaf)
-        start, _ = final_answer(self.text(tokens), problem.latex)
+    def answer_at(self, problem: Problem, leaf: Node) -> int:  # the number of the solution's token that begins it
+        tokens, (start, _) = self.solution(leaf), self.answer(problem, leaf)
         return bisect.bisect_right(range(len(tokens)), start, key=lambda t: len(self.text(tokens[: t + 1])))
     def play(self, starts: list[tuple[Problem, Node, int]], generator, temperature: float, top_p: float, counts):
-        """For each (problem, node, tree) a new branch below the node, to its end, where it gets its reward: 1 if it has
-        ended by itself within the limits and is right, else 0."""
+        """For each (problem, node, tree) a branch; its reward is 1 if it ends within the limits and is right, or 0."""
         nodes, context = [Node(node, tree=tree) for _, node, tree in starts], self.model.config.max_position_embeddings
         limits = [min(self.args.max_tokens - length(node.path()[1:]), context - length(node.path())) for node in nodes]
         sample(self.model, nodes, limits, lambda tokens: False, self.eos, generator, temperature, top_p, counts)
         for (problem, _, _), node in zip(starts, nodes):
-            answer = final_answer(self.text(self.solution(node)), problem.latex)[1]
-            node.reward = float(node.tokens[-1] in self.eos and is_right(answer, problem))
+            node.reward = float(node.tokens[-1] in self.eos and is_right(self.answer(problem, node)[1], problem))
     def search(self, problems: list[Problem], rng: random.Random, counts: Counter) -> list[tuple[Problem, Node]]:
         """A tree for each problem, found by --method: (problem, root) pairs."""
         args, generator = self.args, torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
@@ -662,8 +664,7 @@ class Solver:
             for problem, root in self.search(self.held_out[i : i + self.args.prompts], rng, counts):
                 leaves = root.leaves()
                 shares.append(sum(leaf.reward for leaf in leaves) / len(leaves))
-                answers = (final_answer(self.text(self.solution(leaf)), problem.latex)[1] for leaf in leaves)
-                distinct += len({meaning(answer, problem.latex) for answer in answers} - {None})
+                distinct += len({meaning(self.answer(problem, leaf)[1], problem.latex) for leaf in leaves} - {None})
         passed, n, tokens = sum(map(bool, shares)), len(shares), counts["generated_tokens"]
         return {"event": "search", "step": 0, "problems": n, "pass_rate": passed / n, "accuracy": sum(shares) / n,
                 "generated_tokens": tokens, "distinct_answers_per_1000_tokens": 1000 * distinct / tokens}
@@ -679,7 +680,6 @@ class Solver:
         return "tree.md", mermaid(nodes, words, ["", *notes], [R[node] for node in nodes])
 
 OPS = [f"{sign}{n}" for sign in "+-" for n in range(1, 6)] + [f"*{n}" for n in range(2, 6)]
-
 def result(value: int, op: str) -> int:
     return (value * int(op[1:]) if op[0] == "*" else value + int(op)) % 11
 
@@ -937,7 +937,6 @@ def summary(out: Path, *counted: str) -> str:
             f"{sum(row['seconds'] for row in steps):.0f} s\nmodel in {out / 'final'}")
 
 def main(argv: list[str]) -> None:
-    sys.setrecursionlimit(10**4)  # a path may have as many nodes as tokens
     args, given = parse_args(Args, argv)
     folder, state = args.model, None
     if args.resume:
@@ -962,8 +961,9 @@ def main(argv: list[str]) -> None:
         held_out.append(training.pop())  # a fifth, rounded up; or, if nothing is to be trained on, as many as there are
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
+        solver = Solver(model, tokenizer, args, training, held_out)
         for problem in training + held_out:
-            Solver(model, tokenizer, args, [], []).root(problem)  # raises BadInput if a prompt does not fit
+            solver.root(problem)  # raises BadInput if a prompt does not fit
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not state and any(out.iterdir()):
@@ -981,8 +981,8 @@ def main(argv: list[str]) -> None:
     solver = Solver(policy, tokenizer, args, training, held_out)
     if args.eval_only:
         (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
-        shown = {k.replace("_", " "): f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for k, v in list(row.items())[2:]}
-        return print("\n".join([*(f"{name:34}{text}" for name, text in shown.items()), f"in {out / 'metrics.jsonl'}"]))
+        shown = [f"{k.replace('_', ' '):34}{v:{',' if isinstance(v, int) else '.4f'}}" for k, v in [*row.items()][2:]]
+        return print(*shown, f"in {out / 'metrics.jsonl'}", sep="\n")
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))
