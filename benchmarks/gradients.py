@@ -16,13 +16,12 @@ The arm "inter" is the tree without A_intra.
 import argparse
 import contextlib
 import io
-import multiprocessing
 import os
 import statistics
 import tempfile
 
 import torch
-from learning import EXPERIMENTS, Agent, flags, interval, set_up, shapes, tree_grpo
+from learning import EXPERIMENTS, Agent, flags, in_processes, interval, set_up, shapes, tree_grpo
 
 LEARNED = {"anywhere": 8, "late": 40}  # updates after which about half is learned in "main"
 BATCHES, REFERENCE = 32, 48
@@ -92,8 +91,7 @@ def main() -> None:
                 for setting, (_, _, told) in EXPERIMENTS[experiment].items()
                 for learned in ((0,) if experiment == "main" else ()) + (LEARNED[told["hard"]],)]
     jobs = [(experiment, setting, seed, learned) for experiment, setting, learned in settings for seed in options.seeds]
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        rows = [row for part in tree_grpo.tqdm(pool.imap(measure, jobs), total=len(jobs)) for row in part]
+    rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
     names = "setting", "policy", "arm", "alignment", "/ chains", "agreement", "leaves with A ≠ 0", "reference"
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")

@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import functools
 import io
-import multiprocessing
 import os
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 import learning_treerl
 import torch
 from gradients import BATCHES, REFERENCE, gradient, leave_one_out
-from learning import flags, interval
+from learning import flags, in_processes, interval
 
 import treerl
 
@@ -51,7 +50,7 @@ def measure(job: tuple[int, int]) -> list[tuple]:
             contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
         model, tokenizer = treerl.calculator_model(treerl.Args(**told), torch.device("cpu"), Path(folder, "start"))
         if learned:
-            learning_treerl.treerl.Solver = learning_treerl.Solver  # a budget of tokens per update
+            treerl.Solver = learning_treerl.Solver  # a budget of tokens per update
             treerl.main([*CHAINS.split(), *flags({"model": f"{folder}/start", "lr": 5e-4, "seed": seed, "device": "cpu",
                          "steps": learned, "eval_prompts": 1, "out": f"{folder}/run"})])
             model, tokenizer = treerl.load_model(f"{folder}/run/final", torch.device("cpu"))
@@ -84,8 +83,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="side by side, each with one thread")
     options = parser.parse_args()
     jobs = [(seed, learned) for learned in LEARNED for seed in options.seeds]
-    with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-        rows = [row for part in treerl.tqdm(pool.imap(measure, jobs), total=len(jobs)) for row in part]
+    rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
     names = "policy", "arm", "alignment", "/ 18 chains", "agreement", "reference"
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")

@@ -141,6 +141,14 @@ def half_width(values: list[float]) -> float:
         return float("nan")
     return T_95[min(len(values), 16) - 2] * statistics.stdev(values) / len(values) ** 0.5
 
+def table(head: tuple, rows: list) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+
+def in_processes(function, jobs: list, processes: int) -> list:
+    """function(job) of each job, each in a process of its own, so many side by side."""
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        return list(tree_grpo.tqdm(pool.imap(function, jobs), total=len(jobs)))
+
 def common_runs(found: dict, experiment: str, setting: str) -> tuple[dict[str, dict], list[int]]:
     """(arm -> seed -> result, the seeds for which all arms have run)."""
     runs = {arm: found.get((experiment, setting, arm), {}) for arm in EXPERIMENTS[experiment][setting][1]}
@@ -166,8 +174,7 @@ def tables(experiment: str) -> str:
               "fell by 0.2 from its best"),
              ("setting", "arm", "prompts per update", "leaves with A ≠ 0", "generated tokens", "forwarded tokens",
               "tool calls", "CPU s sampling", "CPU s training"))
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-                       for head, rows in zip(heads, (learned, costs)))
+    return "\n\n".join(map(table, heads, (learned, costs)))
 
 def figures() -> None:
     """learning.png: curves of "main" and paired differences; learning_gaps.png: differences of the scores of all."""
@@ -229,8 +236,7 @@ def main() -> None:
                 missing = [arm for arm in arms if seed not in found.get((experiment, setting, arm), {})]
                 jobs += [(experiment, setting, seed, missing)] if missing else []
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-            list(tree_grpo.tqdm(pool.imap_unordered(run_seed, jobs), total=len(jobs)))
+        in_processes(run_seed, jobs, options.processes)
     print("Means over the seeds, ± half of the 95 % interval of the mean. Costs are sums over a run's training steps,\n"
           "CPU seconds with two runs side by side.")
     for experiment in names:

@@ -16,10 +16,10 @@ for longer to make that fair. Time is CPU time of sampling and training with one
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import flags, half_width, interval
+from learning import flags, half_width, in_processes, interval, table, timed_update
 
 import treerl
 
@@ -62,15 +62,11 @@ class Solver(treerl.Solver):
         self.price = 0.7 * self.price + 0.3 * row["generated_tokens"] / len(groups)
         return groups, {**row, "prompts": len(groups), "rollout_cpu": time.process_time() - began}
 
-def timed_update(*arguments, update=treerl.update) -> dict[str, float]:
-    began = time.process_time()
-    return {**update(*arguments), "update_cpu": time.process_time() - began}
-
 def run_seed(job: tuple[int, list[str]]) -> None:
     """The missing arms of one seed, from one warm start, in a process of its own."""
     seed, missing = job
     torch.set_num_threads(1)
-    treerl.Solver, treerl.update = Solver, timed_update
+    treerl.Solver, treerl.update = Solver, functools.partial(timed_update, update=treerl.update)
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
             contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
         args = treerl.Args(seed=seed, dtype="float32", max_tokens=64, device="cpu")
@@ -138,8 +134,7 @@ def tables() -> str:
     heads = (("arm", "score at equal tokens", "sampled after", "greedy after", "prompts per update", "generated tokens",
               "forwarded tokens", "CPU s sampling", "CPU s training"),
              ("pair", "difference at equal tokens", "ahead", "difference at equal time", "ahead in time"))
-    return "\n\n".join("\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
-                       for head, rows in zip(heads, (learned, pairs)))
+    return "\n\n".join(map(table, heads, (learned, pairs)))
 
 def figure() -> None:
     """learning_treerl.png: mean curves over tokens and over time."""
@@ -174,8 +169,7 @@ def main() -> None:
         if missing := [arm for arm in ARMS if seed not in found[arm]]:
             jobs.append((seed, missing))
     if jobs:
-        with multiprocessing.get_context("spawn").Pool(options.processes, maxtasksperchild=1) as pool:
-            list(treerl.tqdm(pool.imap_unordered(run_seed, jobs), total=len(jobs)))
+        in_processes(run_seed, jobs, options.processes)
     print("Means over the seeds, ± half of the 95 % interval of the mean; costs are sums over the updates that count\n"
           f"at equal tokens.\n\n{tables()}")
     figure()

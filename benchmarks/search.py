@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from learning import table
 
 import treerl
 
@@ -111,8 +112,7 @@ def kinds_of_forks(solver, problems, rng) -> Counter:
 
 def report_forks(seeds: list[int], problems: list) -> None:
     names = ("wrong product", "right product", "wrong sum", "right sum", "other")
-    print("Share of the forks by the token that was there first, the result of a line or something else:\n\n| forks | "
-          + " | ".join(names) + " |\n|" + " --- |" * (len(names) + 1))
+    print("Share of the forks by the token that was there first, the result of a line or something else:\n")
     found = {"EPTree": Counter(), "random": Counter()}
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +120,8 @@ def report_forks(seeds: list[int], problems: list) -> None:
         for method, name in (("treerl", "EPTree"), ("random", "random")):
             set_shape(solver, method, 6, 2, 1, 2)
             found[name] += kinds_of_forks(solver, problems, random.Random(f"forks/{seed}"))
-    for name, kinds in found.items():
-        print(f"| {name} | " + " | ".join(f"{kinds[kind] / kinds.total():.1%}" for kind in names) + " |")
+    print(table(("forks", *names), [[name, *(f"{kinds[kind] / kinds.total():.1%}" for kind in names)]
+                                    for name, kinds in found.items()]))
 
 def mean_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
@@ -168,7 +168,7 @@ def main() -> None:
           "problems and models\n")
     heads = ("budget", "method", "generated tokens a problem", "pass rate", "method − chains at its own tokens",
              "of each model")
-    print("\n".join(f"| {' | '.join(line)} |" for line in (heads, ["---"] * len(heads))))
+    lines = []
     for i, shape in enumerate(SHAPES):
         for method in ("chains", "random forks", "MCTS", "EPTree"):
             rows = [result[method][i] for result in results]
@@ -179,7 +179,8 @@ def main() -> None:
                      f"{passed[0]:.3f} ± {passed[1]:.3f}"]
             cells += [""] * 2 if method == "chains" else [
                 f"{gain[0]:+.3f} ± {gain[1]:.3f}", ", ".join(f"{statistics.mean(gap):+.3f}" for gap in gaps)]
-            print(f"| {' | '.join(cells)} |")
+            lines.append(cells)
+    print(table(heads, lines))
     with open(RESULTS / "search.jsonl", "w") as file:
         for seed, result in zip(options.seeds, results):
             for method in ("chains", "random forks", "MCTS", "EPTree"):

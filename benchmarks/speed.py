@@ -302,47 +302,56 @@ def compare(model, samples: list[Sample], repeats: int, device: torch.device) ->
     seconds = timed([pack, pad], repeats, device)
     return [ratio, *seconds, *(peak_memory(way, device) for way in (pack, pad))], gap
 
+TRAINING = "r", "padded, s", "packed, s", "speed-up", "speed-up / r", "padded, MiB", "packed, MiB", "ratio"
+
+def compare_row(name: tuple, model, samples: list[Sample], repeats: int, device: torch.device) -> tuple:
+    """Prints the row of TRAINING for these samples. Returns r, the speed-up, and the distance of the gradients."""
+    (ratio, packed, padded, small, large), gap = compare(model, samples, repeats, device)
+    speed, memory = padded / packed, ("-",) * 3
+    if small is not None:
+        memory = f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"
+    row(*name, f"{ratio:.2f}", f"{padded:.3f}", f"{packed:.3f}", f"{speed:.2f} x", f"{speed / ratio:.2f}", *memory)
+    return ratio, speed, gap
+
+def other_advantages(samples: list[Sample]) -> list[Sample]:
+    """Random ones, as flat groups have no gradient, which could not be compared."""
+    torch.manual_seed(0)
+    return [item._replace(advantages=list(torch.randn(len(item.leaves)))) for item in samples]
+
 def training(size: str, shapes: dict, device: torch.device, repeats: int, built_in) -> None:
     print(f"\n## B. Training, forward + backward ({size})")
     print("\nr is the ratio of path tokens to unique tokens; MiB: at the peak, beyond weights and gradients." + (
         "" if size == "tiny" else "\nWith so many words in the vocabulary packed_logps also runs the head in chunks."))
-    columns = "r", "padded, s", "packed, s", "speed-up", "speed-up / r", "padded, MiB", "packed, MiB", "ratio"
     slower, behind, gaps = [], [], []
-    def report(name: tuple, result: tuple, own: bool) -> None:
-        (ratio, packed, padded, small, large), gap = result
-        speed, memory = padded / packed, ("-",) * 3
-        if small is not None:
-            memory = f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"
-        row(*name, f"{ratio:.2f}", f"{padded:.3f}", f"{packed:.3f}", f"{speed:.2f} x", f"{speed / ratio:.2f}", *memory)
+    def report(name: tuple, model, samples: list[Sample], own: bool) -> None:
+        ratio, speed, gap = compare_row(name, model, samples, repeats, device)
         label = " ".join(map(str, name))
         gaps.append(gap)
         if speed < 1:
             slower.append(f"{label} ({speed:.2f} x)")
         if own and ratio >= 2 and speed < 0.6 * ratio:
             behind.append(f"{label} ({speed / ratio:.2f})")
-    table("stars: rows x leaves x (prompt + leaf), width", *columns)
+    table("stars: rows x leaves x (prompt + leaf), width", *TRAINING)
     for rows, leaves, prompt, leaf, width in shapes["B"]:
         model = new_model(size, device, width)
-        result = compare(model, star(rows, leaves, prompt, leaf), repeats, device)
-        report((f"{rows} x {leaves} x ({prompt} + {leaf}), {model.config.hidden_size}",), result, False)
-    table("inner forks and observations: rows x (prompt, then steps of turn + turn)", *columns)
+        name = f"{rows} x {leaves} x ({prompt} + {leaf}), {model.config.hidden_size}"
+        report((name,), model, star(rows, leaves, prompt, leaf), False)
+    table("inner forks and observations: rows x (prompt, then steps of turn + turn)", *TRAINING)
     for rows, prompt, turn, steps in shapes["forks"]:
         model, rng = new_model(size, device), random.Random(0)
         def write(nodes, turn=turn, rng=rng):
             for node in nodes:
                 node.add(random_tokens(turn, rng), sampled=True)
         samples = [with_advantages(root, 1 / rows) for root in comb(rows, prompt, turn, steps, rng, write)]
-        report((f"{rows} x ({prompt}, {steps} of {turn} + {turn})",), compare(model, samples, repeats, device), False)
+        report((f"{rows} x ({prompt}, {steps} of {turn} + {turn})",), model, samples, False)
     if built_in:
-        table("the script's own trees, 16 prompts", "leaves", *columns)
+        table("the script's own trees, 16 prompts", "leaves", *TRAINING)
         model, tokenizer = built_in
         for topk, (M, N, L) in itertools.product((1, 4), TREES):
             agent = tree_grpo.Agent(model, tokenizer, own_args(device, M=M, N=N, L=L, topk=topk), [], [])
-            samples = agent.credit(0, agent.rollout(0)[0])
-            torch.manual_seed(0)  # other advantages, as flat groups have no gradient, which could not be compared
-            samples = [item._replace(advantages=list(torch.randn(len(item.leaves)))) for item in samples]
+            samples = other_advantages(agent.credit(0, agent.rollout(0)[0]))
             name = f"M {M}, N {N}, L {L}, topk {topk}", sum(len(item.leaves) for item in samples)
-            report(name, compare(model, samples, repeats, device), True)
+            report(name, model, samples, True)
             attend(model, "token_tree")
     print(f"\nThe gradients of the two ways differ by at most {max(gaps):.1e} of their length.")
     verdict("packed never slower than padded", slower)
@@ -567,23 +576,16 @@ def treerl_trees(device: torch.device, repeats: int) -> None:
         leaves = sum(len(root.leaves()) for _, root in groups)
         row(", ".join(map(str, shape)), leaves, f"{told['generated_tokens']:,}", M, f"{chains:.3f}", f"{ours:.3f}",
             f"{ours / chains:.2f}")
-    columns = "r", "padded, s", "packed, s", "speed-up", "speed-up / r", "padded, MiB", "packed, MiB", "ratio"
-    table("treerl.py's own trees, 16 prompts", "leaves", *columns)
+    table("treerl.py's own trees, 16 prompts", "leaves", *TRAINING)
     for shape, groups in grown:
         for keep in (10**6, 16):
             args.method, args.keep = "treerl", keep
-            torch.manual_seed(0)  # other advantages, as flat groups have no gradient, which could not be compared
-            samples = [item._replace(advantages=list(torch.randn(len(item.leaves))))
-                       for item in solver.credit(0, groups)]
+            samples = other_advantages(solver.credit(0, groups))
             kept = sum(len(item.leaves) for item in samples)
             if keep == 16 and kept == sum(len(root.leaves()) for _, root in groups):
                 continue  # there are no more than that
-            (ratio, packed, padded, small, large), _ = compare(model, samples, repeats, device)
-            memory = ("-",) * 3
-            if small is not None:
-                memory = f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"
-            row(f"{', '.join(map(str, shape))}{', 16 kept' * (keep == 16)}", kept, f"{ratio:.2f}", f"{padded:.3f}",
-                f"{packed:.3f}", f"{padded / packed:.2f} x", f"{padded / packed / ratio:.2f}", *memory)
+            name = f"{', '.join(map(str, shape))}{', 16 kept' * (keep == 16)}", kept
+            compare_row(name, model, samples, repeats, device)
             attend(model, "token_tree")
 
 def main() -> None:
