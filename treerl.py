@@ -97,7 +97,6 @@ def parse_args(cls, argv: list[str]):
         if not isinstance(value, str) and not low <= value <= high:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
     return cls(**given), set(given)
-
 # ------------------------------------------------------------------------------------------------- TreeRL: the method
 def step_rewards(parents: Sequence[int], leaf_rewards: Mapping[int, float]) -> Tensor:
     """Process reward R(s) = (G_A(s) + L_A(s)) / sqrt(|L(s)|) of each node s of one prompt's tree (TreeRL).
@@ -178,7 +177,6 @@ def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at,
                 starts += [(problem, node.parent, tree) for node in cuts for _ in range(T)]
         if starts:
             play(starts)
-
 # ------------------------------------------------------------------- the token tree, and sampling with shared KV
 @dataclass(eq=False)
 class Node:
@@ -383,7 +381,6 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
         for b in live:
             new[b] = lanes.grid[b].tokens[-1:]
         counts["forwarded_tokens"] += lanes.forward(new)
-
 # ----------------------------------------------------------------------- training: one packed row per tree, the loss
 class Sample(NamedTuple):
     """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
@@ -398,9 +395,9 @@ class Packed:
     segments of like length in one batched call. Path slot j holds the token at position j: visible is j <= position."""
     def __init__(self, samples: list[Sample], device):
         tokens, position, parent, read, logps, segments, index = [], [], [], [], [], [], {}
-        for item in samples:
-            kept = {node for leaf in item.leaves for node in leaf.path()}
-            stack = [(item.root, [])]
+        for root, items in itertools.groupby(samples, lambda item: item.root):
+            kept = {node for item in items for leaf in item.leaves for node in leaf.path()}
+            stack = [(root, [])]
             while stack:
                 node, above = stack.pop()
                 start, children = len(tokens), [node]
@@ -472,7 +469,6 @@ def packed_logps(model, packed: Packed) -> Tensor:
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
               clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned: to be minimised).
-
     Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(q - p) - (q - p) - 1), where
     r = exp(logp - old_logp), p = logp, q = ref_logp. Returns the sum over sequences of the mean over each sequence's
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
@@ -493,13 +489,14 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
 
 def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Consecutive samples whose packed rows together have at most max_tokens tokens, or a single larger one."""
-    batches, room = [], -1
+    """Consecutive samples that are packed into at most max_tokens tokens, or a single larger one."""
+    batches, tokens = [], math.inf
     for item in samples:
         size = length({node for leaf in item.leaves for node in leaf.path()})
-        batches, room = (batches, room) if size <= room else ([*batches, []], max_tokens)
+        tokens += size - (len(item.root.tokens) if batches and batches[-1][-1].root is item.root else 0)
+        if tokens > max_tokens:
+            batches, tokens = [*batches, []], size
         batches[-1].append(item)
-        room -= size
     return batches
 
 def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float]:
@@ -537,7 +534,6 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
     tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
     return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
             "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / drawn}
-
 # ------------------------------------------------------------------------------------ problems, solutions, models
 REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.\n\n"
 NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
@@ -817,7 +813,6 @@ def calculator_model(args, device: torch.device, folder: Path):
     warm_start(model, paths, args)
     model.save_pretrained(folder)
     return model, tokenizer
-
 # -------------------------------------------------------------------------------------------------- the training loop
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """The state after `step` steps, renamed when whole; random states and the place in the data follow from step."""
@@ -865,7 +860,6 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     def measure(step: int) -> None:
         log(row := {"event": "eval", "step": step, **evaluate()})
         tqdm.write(f"step {step}: held-out success {row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy")
-
     if state:
         optimizer.load_state_dict(state["optimizer"])
         log(*read_metrics(out, first), name="metrics.tmp", mode="w")
