@@ -211,8 +211,8 @@ class House:
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
     words = (*(f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain", "door", "hand")),
-             "Task: put", " a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", " is", ". The",
-             ". You see:", ". You hold:", " nothing", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
+             "Task: put", " a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", " is",
+             ". The", ". You see:", ". You hold:", " nothing", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
     def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
         rng, held_out, told = random.Random(seed), bool((options or {}).get("held_out")), ""
         while not told or self.where[self.thing] == self.goal or (random.Random(told).random() < 0.2) != held_out:
