@@ -27,7 +27,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -104,13 +103,13 @@ def parse_args(cls, argv: list[str]):
 class SUCCESS:
     """Where the last transition of a successful rollout leads. The class itself is that state, and equals no other."""
 class Transition(NamedTuple):
-    state: Hashable
+    state: object  # anything hashable
     action: str
-    next_state: Hashable
-    trajectory: Hashable  # the rollout it is of; a rollout's transitions are in the order of time
+    next_state: object
+    trajectory: object  # the rollout it is of, hashable; a rollout's transitions are in the order of time
     cost: float = 1.0
 
-def goal_distances(transitions: list[Transition]) -> dict[Hashable, float]:
+def goal_distances(transitions: list[Transition]) -> dict[object, float]:
     """Distance d(s) of each state to success in the graph of all transitions of a task (GraphGPO): the least sum of
     costs on a way to SUCCESS, itself at 0; the largest of these plus 1 where there is no way. Dijkstra, O((V + E) log
     V). ValueError for no transitions, costs that are not positive and finite, or a transition that leaves SUCCESS."""
@@ -134,12 +133,12 @@ def goal_distances(transitions: list[Transition]) -> dict[Hashable, float]:
                 heapq.heappush(heap, (d + cost, before))
     beyond = max(d for d in distance if d < math.inf) + 1
     return {state: min(distance[i], beyond) for state, i in number.items()}
-def per_group(groups: list[Hashable]):
+def per_group(groups: list):
     """A function (values (n,), how) -> for each value "sum", "mean", "amin" or "amax" of its group's values, (n,)."""
     number = {}
     index = torch.tensor([number.setdefault(group, len(number)) for group in groups])
     return lambda x, how: x.new_zeros(len(number)).scatter_reduce(0, index, x, how, include_self=False)[index]
-def z_scores(values: Tensor, groups: list[Hashable]) -> Tensor:
+def z_scores(values: Tensor, groups: list) -> Tensor:
     """z-score (unbiased std, no epsilon) of each value among those of its group, (n,) in float64; 0 for a lone one, and
     where a group's values span no more than rounding does: 1e-9 of the largest."""
     among, values = per_group(groups), values.double()
@@ -211,8 +210,8 @@ class House:
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
     words = (*(f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain", "door", "hand")),
-             "Task: put", " a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", " is",
-             ". The", ". You see:", ". You hold:", " nothing", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
+             "Task: put", " a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", ". The",
+             " is", ". You see:", ". You hold:", " nothing", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
     def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
         rng, held_out, told = random.Random(seed), bool((options or {}).get("held_out")), ""
         while not told or self.where[self.thing] == self.goal or (random.Random(told).random() < 0.2) != held_out:
@@ -635,7 +634,6 @@ class Group:
     won: list[bool]
     steps: list[tuple] = field(default_factory=list)  # in time: (Transition, the action's node, its reward, valid?)
     prompts: dict[tuple, Node] = field(default_factory=dict)  # by the tokens of the rest
-
 @torch.inference_mode()
 def compute(model, nodes: list[Node], counts: Counter) -> None:
     """The KV and hidden states of nodes below roots, in one forward, once for all that will begin below them."""
@@ -645,6 +643,10 @@ def compute(model, nodes: list[Node], counts: Counter) -> None:
     counts["forwarded_tokens"] += length(roots) + lanes.forward(lanes.new)
     for b in (b for b, node in enumerate(lanes.grid) if node):
         lanes.store(b)
+
+def forget(nodes) -> None:  # frees memory; what is needed again is computed again
+    for node in nodes:
+        node.kv = node.hidden = None
 
 class Player:
     """The policy in a world: rollouts of many tasks at a time; and what train() needs of the method."""
@@ -669,12 +671,10 @@ class Player:
         tail, context = self.encode(self.after), self.model.config.max_position_embeddings
         room = context - len(group.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
-            raise BadInput(f"--model: its context of {context} tokens has no room for a task like {group.task[-60:]!r} "
-                           f"and {self.args.max_tokens} tokens of an answer (--max-tokens); take another")
+            raise BadInput(f"--model: its {context} tokens of context are too few for {group.task[-50:]!r}; use more")
         rest = (*self.encode("".join(told[-1 - self.args.history :]))[-room:], *tail)
         if rest not in group.prompts:
-            group.prompts[rest] = Node(group.root)
-            group.prompts[rest].add([*rest])
+            group.prompts[rest] = Node(group.root, [*rest], [False] * len(rest), [0.0] * len(rest))
         return group.prompts[rest]
     def action(self, node: Node) -> str:
         """What the policy wants to do: what it wrote between the last <action> tags, or else in its last line."""
@@ -712,12 +712,12 @@ class Player:
                 group.returns[k] += float(reward)
                 if not (terminated or truncated):
                     going.append((env, group, k, after, [*told[:-1], f"{told[-1]}\n> {action}\n", seen]))
-            if (kept := kept + length(new)) > self.args.kept_tokens or not going:
-                kept = 0
-                for prompt in (prompt for group in groups for prompt in group.root.children):
-                    prompt.kv = prompt.hidden = None
+            forget(nodes)
+            if (kept := kept + length(new)) > self.args.kept_tokens:
+                kept = forget(prompt for group in groups for prompt in group.root.children) or 0
             if not (live := going):
                 break
+        forget(node for group in groups for node in group.root.below())
         return groups
     def rollout(self, step: int):
         """The groups of one training step, and what to log of them."""
@@ -759,9 +759,10 @@ class Player:
     def evaluate(self) -> dict[str, float | None]:
         """Success on held-out tasks, sampled (K times each, temperature 1) and greedy; and of the sampled rollouts, if
         any succeeded, how many steps of failed ones lead nearer to success, and of the others do not (Figure 1)."""
-        tasks, generator = [*range(self.args.eval_tasks)], torch.Generator(self.model.device).manual_seed(0)
-        sampled = self.play(tasks, self.args.K, True, generator, 1.0, Counter())
-        greedy = self.play(tasks, 1, True, generator, 0.0, Counter())
+        args, generator = self.args, torch.Generator(self.model.device).manual_seed(0)
+        batches = [[*range(i, min(i + args.tasks, args.eval_tasks))] for i in range(0, args.eval_tasks, args.tasks)]
+        sampled, greedy = ([group for seeds in batches for group in self.play(seeds, K, True, generator, T, Counter())]
+                           for K, T in ((args.K, 1.0), (1, 0.0)))
         rows = {"success": [x for group in sampled for x in group.won], "greedy_success": [x.won[0] for x in greedy],
                 "progress_in_failed": [], "waste_in_successful": []}
         for group in (group for group in sampled if any(group.won)):
@@ -793,7 +794,7 @@ def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, 
         lines += [f'    n{number[before]} -->|"{text(action)}, {n} x, A = {A:+.2f}"| n{number[after]}',
                   f"    linkStyle {i} stroke:#{'2a2' if A > 1e-6 else 'c22' if A < -1e-6 else '888'}"]
     return "\n".join([*lines, "```", ""])
-# ----------------------------------------------------------------------------------------------------- worlds, models
+# ---------------------------------------------------------------------------------- worlds, models, the training loop
 def load_env(spec: str):
     """--env -> a function that makes such a world. BadInput says what is wrong with it."""
     path, _, name = spec.partition(".py:")
@@ -847,17 +848,16 @@ def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
         update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
 def tiny_model(args, make_env, device: torch.device, folder: Path):
     """The tiny model, warm-started on single steps of the world's demonstrator. It is left in `folder`."""
-    save_tiny_model(folder, make_env().words, args.seed)
+    save_tiny_model(folder, [*make_env().words], args.seed)
     model, tokenizer = load_model(str(folder), device)
     player, rng, paths = Player(model, tokenizer, args, make_env), random.Random(f"{args.seed}/demonstrations"), []
     while len(paths) < 32 * args.sft_steps:
         groups = player.play([rng.getrandbits(32) for _ in range(64)], 1, False, rng, 1.0, Counter())
         paths += [action.path() for group in groups for _, action, *_ in group.steps]
-    rng.shuffle(paths)
-    warm_start(model, paths, args)
+    warm_start(model, rng.sample(paths, len(paths)), args)
     model.save_pretrained(folder)
     return model, tokenizer
-# -------------------------------------------------------------------------------------------------- the training loop
+
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """The state after `step` steps, renamed when whole; random states and the place in the data follow from step."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
