@@ -210,8 +210,8 @@ class House:
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
     words = (*(f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain", "door", "hand")),
-             "Task: put", " a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", ". The",
-             " is", ". You see:", ". You hold:", " nothing", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
+        "Task: put a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", ". You see:",
+        ". You hold:", " nothing", ". The", " lies in the", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
     def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
         rng, held_out, told = random.Random(seed), bool((options or {}).get("held_out")), ""
         while not told or self.where[self.thing] == self.goal or (random.Random(told).random() < 0.2) != held_out:
@@ -233,7 +233,7 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
         seen = [thing for thing, at in self.where.items() if at == self.at and not self.shut()] or ["nothing"]
         return (f"You are in the {PLACES.get(self.at, self.at)} at the {'door' if self.at in ROOMS else self.at}. It "
                 f"is {'shut' if self.shut() else 'open'}. You see: {' '.join(seen)}. You hold: {self.held()}. The "
-                f"{self.how[self.thing]} {self.thing} is at the {self.where[self.thing]}.")
+                f"{self.how[self.thing]} {self.thing} lies in the {self.where[self.thing]}.")
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         verb, _, what = action.lower().rpartition(" ")
         room, held, valid = PLACES.get(self.at, self.at), what == self.held() != "nothing", True
@@ -253,12 +253,12 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
         seen = "Nothing happens. " * (not valid) + self.look()
         return seen, float(done), done, False, {"state": self.key(), "valid": valid}
     def demonstrate(self, rng: random.Random | None = None) -> str:
-        """The next action of one who often looks for some places in a wrong room, forgets lids and treatments at times,
-        and now and then does whatever comes to mind: habits for reward to mend. Without rng: one without mistakes."""
+        """The next action of one who mostly forgets lids and treatments, and looks for the last place of each room in a
+        wrong one, and now and then does anything at all: habits for reward to mend. Without rng: no mistakes."""
         def wrong(rate: float) -> bool:
             return rng is not None and rng.random() < rate
         here = PLACES.get(self.at, self.at)
-        if wrong(0.2):
+        if wrong(0.1):
             verb = rng.choice(("go", "open", "take", "put", *TREATED))
             return f"{verb} {rng.choice([*ROOMS, *ROOMS[here]] if verb in ('go', 'open') else [*self.where])}"
         place, action = self.goal, f"put {self.thing}"
@@ -266,15 +266,15 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
             place, action = ROOMS[here][0], f"put {self.held()}"
         elif self.held() == "nothing":
             place, action = self.where[self.thing], f"take {self.thing}"
-        elif self.want not in (self.how[self.thing], "") and not wrong(0.3):
+        elif self.want not in (self.how[self.thing], "") and not wrong(0.8):
             place, action = TREATED[self.verb][0], f"{self.verb} {self.thing}"
         room = PLACES[place]
-        if here == "hall" != room and wrong(0.6 if place in ("shelf", "drawer", "basin") else 0.05):
+        if here == "hall" != room and wrong(0.8 if place == ROOMS[room][-1] else 0.05):
             room = "lounge" if room == "kitchen" else "kitchen"
         way = place if here == room else room if "hall" in (here, room) else "hall"
         if self.at != way:
             return f"go {way}"
-        return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.5) else action
+        return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.8) else action
 # ------------------------------------------------------------------- the token tree, and sampling with shared KV
 @dataclass(eq=False)
 class Node:

@@ -2,11 +2,13 @@
 
     python benchmarks/default_run.py tree_grpo --seeds 0 1 2 3 4
     python benchmarks/default_run.py treerl
+    python benchmarks/default_run.py graph_gpo
 
 Arms: the method's own is `python <script>.py --seed S`. "supervised" spends the time of the reinforcement learning on
 more supervised steps on the same kind of demonstrations instead. "shuffled" is the method without its information: as
-many tokens and steps, but in tree_grpo the advantages of each prompt are dealt out at random among its leaves, and in
-treerl their rewards are, before R(s) is computed from them; so it must not learn.
+many steps, but in tree_grpo the advantages of each prompt are dealt out at random among its leaves, in treerl their
+rewards are, before R(s) is computed from them, and in graph_gpo the advantages of each task's steps among these; so it
+must not learn.
 Prints a Markdown table of held-out success and its mean and standard deviation over the seeds.
 """
 
@@ -23,9 +25,6 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-
-SCRIPTS = {"tree_grpo": ("Tree-GRPO", "Agent"), "treerl": ("TreeRL", "Solver")}  # name of the arm, class with credit()
-
 
 def run(script, *arguments) -> tuple[list[dict], float]:
     """(rows of metrics.jsonl, seconds of wall time) of one run of the script."""
@@ -60,15 +59,32 @@ def shuffled_rewards(credit):
     return credit_shuffled
 
 
+def shuffled_steps(advantages):
+    """advantages() with those of a task's steps dealt out at random among them."""
+
+    def advantages_shuffled(player, group):
+        order = list(range(len(group.steps)))
+        random.Random(group.task).shuffle(order)
+        return advantages(player, group)[order]
+
+    return advantages_shuffled
+
+
+SCRIPTS = {  # name of the arm, class and its method that is shuffled, and how
+    "tree_grpo": ("Tree-GRPO", "Agent", "credit", shuffled_advantages),
+    "treerl": ("TreeRL", "Solver", "credit", shuffled_rewards),
+    "graph_gpo": ("GraphGPO", "Player", "advantages", shuffled_steps)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script")
     options = parser.parse_args()
-    script, (method, name) = importlib.import_module(options.script), SCRIPTS[options.script]
-    credit, results = getattr(script, name).credit, {method: [], "supervised": [], "shuffled": []}
-    shuffled = {"tree_grpo": shuffled_advantages, "treerl": shuffled_rewards}[options.script]
+    script, (method, name, part, shuffled) = importlib.import_module(options.script), SCRIPTS[options.script]
+    actor, results = getattr(script, name), {method: [], "supervised": [], "shuffled": []}
+    original = getattr(actor, part)
     sft_steps = script.Args().sft_steps
     for seed in options.seeds:
         fixed = ["--seed", seed, *options.arguments]
@@ -78,9 +94,9 @@ def main() -> None:
         # what is not learning is the warm start and two evaluations; the warm start's share scales with its steps
         more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
         results["supervised"].append(run(script, *fixed, "--steps", 0, "--sft-steps", more))
-        getattr(script, name).credit = shuffled(credit)
+        setattr(actor, part, shuffled(original))
         results["shuffled"].append(run(script, *fixed))
-        getattr(script, name).credit = credit
+        setattr(actor, part, original)
         print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] for arm, runs in results.items()}}), flush=True)
     print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
     warm = [rows[0] for rows, _ in results[method]]  # evaluations of the warm start that all three arms begin with
