@@ -21,7 +21,6 @@ import itertools
 import json
 import math
 import random
-import re
 import shutil
 import signal
 import sys
@@ -49,7 +48,7 @@ class Args:
     env: str = arg("", "a world of your own, FILE.py:NAME or FILE.py:NAME:ARGUMENT (default: the built-in house)")
     method: str = arg("graph_gpo", "credit of a step", choices=("graph_gpo", "gigpo", "grpo"))
     K: int = arg(8, "rollouts per task", low=1)
-    omega: float = arg(0.1, "graph_gpo: what one more unit of cost leaves of a reward", low=1e-9, high=1 - 1e-9)
+    omega: float = arg(0.1, "graph_gpo: what one more unit of cost leaves of a reward", low=1e-9, high=0.999)
     gamma: float = arg(0.95, "gigpo: discount of rewards per step", high=1)
     beta_graph: float = arg(1.0, "weight of the step term, A_G (or gigpo's)")
     beta_episode: float = arg(1.0, "weight of the episode term, A_E")
@@ -57,7 +56,7 @@ class Args:
     penalty_in_return: bool = arg(False, "take it before the z-scores instead, as the authors' code does")
     merge_similarity: float = arg(1.0, "states whose texts are at least so alike are one (authors' code: 0.95)", high=1)
     dynamic_sampling: int = arg(0, "how often tasks whose returns are all equal are replaced by others")
-    max_steps: int = arg(30, "environment steps per rollout", low=1)
+    max_steps: int = arg(25, "environment steps per rollout", low=1)
     history: int = arg(0, "earlier observations and actions in a prompt")
     steps: int = arg(100, "training steps")
     tasks: int = arg(16, "tasks per step", low=1)
@@ -69,7 +68,7 @@ class Args:
     kl_coef: float = arg(0.01, "beta, weight of the KL to the starting model (0: no reference model)")
     temperature: float = arg(1.0, "of the draws in training", low=1e-9)
     max_tokens: int | None = arg(None, "most tokens of an answer (default: 512 with --model, 8 without)", low=1)
-    sft_steps: int = arg(500, "supervised steps that warm-start the tiny model")
+    sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
     eval_tasks: int = arg(32, "held-out tasks, each with K rollouts at temperature 1 and a greedy one", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
@@ -196,7 +195,7 @@ ROOMS = {"hall": ("bench", "rack"), "kitchen": ("counter", "fridge", "microwave"
 PLACES = {place: room for room, places in ROOMS.items() for place in places}
 LIDDED = ("fridge", "microwave", "cabinet", "chest", "drawer", "wardrobe", "hamper")  # shut at the beginning
 TREATED = {"clean": ("sink", "washed"), "heat": ("microwave", "hot"), "cool": ("fridge", "cold")}  # where, and then
-THINGS = ("mug", "plate", "apple", "bread", "egg", "towel", "cup", "pan")
+THINGS, VERBS = ("mug", "plate", "apple", "bread", "towel", "cup", "pan"), ("go", "open", "take", "put", *TREATED)
 
 class House:
     """A household in the manner of ALFWorld, deterministic: find a thing, take it, clean, heat or cool it, and put it
@@ -210,8 +209,8 @@ class House:
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
     words = (*(f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain", "door", "hand")),
-        "Task: put a", " into the", ".\n", "You are in the", " at the", ". It is", " open", " shut", ". You see:",
-        ". You hold:", " nothing", ". The", " lies in the", "Nothing happens. ", "go", "open", "take", "put", *TREATED)
+        "Task: put a", " into the", " of the", ".\n", "You are in the", " at the", ". It is", " open", " shut",
+        " nothing", ". You see:", ". You hold:", ". The", " is in the", ", in the", "Nothing happens. ", *VERBS)
     def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
         rng, held_out, told = random.Random(seed), bool((options or {}).get("held_out")), ""
         while not told or self.where[self.thing] == self.goal or (random.Random(told).random() < 0.2) != held_out:
@@ -220,7 +219,7 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
             told = f"{self.verb} {self.thing} {self.goal} {self.where[self.thing]}"  # a fifth of these is held out
         self.at, self.open, self.how = rng.choice([*ROOMS]), set(), dict.fromkeys(things, "plain")
         self.want = TREATED[self.verb][1] if self.verb else ""
-        task = f"put a {self.want} {self.thing} into the {self.goal}.".replace("  ", " ")
+        task = f"put a {self.want} {self.thing} into the {self.goal} of the {PLACES[self.goal]}.".replace("  ", " ")
         return self.look(), {"task": task, "state": self.key()}
     def held(self) -> str:
         return next((thing for thing, place in self.where.items() if place == "hand"), "nothing")
@@ -231,9 +230,10 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
         return f"{self.at}: {things}" + f"; open: {' '.join(sorted(self.open))}" * bool(self.open)
     def look(self) -> str:
         seen = [thing for thing, at in self.where.items() if at == self.at and not self.shut()] or ["nothing"]
-        return (f"You are in the {PLACES.get(self.at, self.at)} at the {'door' if self.at in ROOMS else self.at}. It "
-                f"is {'shut' if self.shut() else 'open'}. You see: {' '.join(seen)}. You hold: {self.held()}. The "
-                f"{self.how[self.thing]} {self.thing} lies in the {self.where[self.thing]}.")
+        here, where = PLACES.get(self.at, self.at), self.where[self.thing]
+        return (f"You are in the {here} at the {'door' if self.at in ROOMS else self.at}. It is "
+                f"{'shut' if self.shut() else 'open'}. You see: {' '.join(seen)}. You hold: {self.held()}. The "
+                f"{self.how[self.thing]} {self.thing} is in the {PLACES.get(where, here)}, in the {where}.")
     def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
         verb, _, what = action.lower().rpartition(" ")
         room, held, valid = PLACES.get(self.at, self.at), what == self.held() != "nothing", True
@@ -253,28 +253,28 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
         seen = "Nothing happens. " * (not valid) + self.look()
         return seen, float(done), done, False, {"state": self.key(), "valid": valid}
     def demonstrate(self, rng: random.Random | None = None) -> str:
-        """The next action of one who mostly forgets lids and treatments, and looks for the last place of each room in a
-        wrong one, and now and then does anything at all: habits for reward to mend. Without rng: no mistakes."""
+        """The next action of one who often forgets lids and treatments, takes the bedroom for the bathroom, and now
+        and then does anything at all: habits for reward to mend. Without rng: of one without mistakes."""
         def wrong(rate: float) -> bool:
             return rng is not None and rng.random() < rate
         here = PLACES.get(self.at, self.at)
-        if wrong(0.1):
-            verb = rng.choice(("go", "open", "take", "put", *TREATED))
+        if wrong(0.2):
+            verb = rng.choice(VERBS)
             return f"{verb} {rng.choice([*ROOMS, *ROOMS[here]] if verb in ('go', 'open') else [*self.where])}"
         place, action = self.goal, f"put {self.thing}"
         if self.held() not in (self.thing, "nothing"):  # it is in the way
             place, action = ROOMS[here][0], f"put {self.held()}"
         elif self.held() == "nothing":
             place, action = self.where[self.thing], f"take {self.thing}"
-        elif self.want not in (self.how[self.thing], "") and not wrong(0.8):
+        elif self.want not in (self.how[self.thing], "") and not wrong(0.5):
             place, action = TREATED[self.verb][0], f"{self.verb} {self.thing}"
         room = PLACES[place]
-        if here == "hall" != room and wrong(0.8 if place == ROOMS[room][-1] else 0.05):
-            room = "lounge" if room == "kitchen" else "kitchen"
+        if here == "hall" != room and wrong(0.7 if room == "bathroom" else 0.02):
+            room = "bedroom" if room == "bathroom" else "bathroom"
         way = place if here == room else room if "hall" in (here, room) else "hall"
         if self.at != way:
             return f"go {way}"
-        return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.8) else action
+        return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.6) else action
 # ------------------------------------------------------------------- the token tree, and sampling with shared KV
 @dataclass(eq=False)
 class Node:
@@ -640,6 +640,7 @@ def compute(model, nodes: list[Node], counts: Counter) -> None:
     if roots := [root for root in dict.fromkeys(node.parent for node in nodes) if root.kv is None]:
         prefill(model, roots)
     lanes = Lanes(model, nodes)
+    counts.update(prompt_tokens_sampling=length(roots + nodes))
     counts["forwarded_tokens"] += length(roots) + lanes.forward(lanes.new)
     for b in (b for b, node in enumerate(lanes.grid) if node):
         lanes.store(b)
@@ -658,7 +659,7 @@ class Player:
         self.encode = functools.lru_cache(100_000)(functools.partial(encode, tokenizer))
         text = "Task: \0\n"
         if tokenizer.chat_template:
-            chat = [{"role": "user", "content": self.envs[0].instruction + text}]
+            chat = [{"role": "user", "content": getattr(self.envs[0], "instruction", "") + text}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         self.before, self.after = text.split("\0")  # of a prompt, around what differs
     def group(self, task: str, K: int) -> Group:
@@ -671,15 +672,15 @@ class Player:
         tail, context = self.encode(self.after), self.model.config.max_position_embeddings
         room = context - len(group.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
-            raise BadInput(f"--model: its {context} tokens of context are too few for {group.task[-50:]!r}; use more")
+            raise BadInput(f"--model: its context of {context} is too short for {group.task[-40:]!r}, --max-tokens")
         rest = (*self.encode("".join(told[-1 - self.args.history :]))[-room:], *tail)
         if rest not in group.prompts:
             group.prompts[rest] = Node(group.root, [*rest], [False] * len(rest), [0.0] * len(rest))
         return group.prompts[rest]
     def action(self, node: Node) -> str:
         """What the policy wants to do: what it wrote between the last <action> tags, or else in its last line."""
-        text = self.tokenizer.decode(node.tokens, skip_special_tokens=True)
-        return " ".join((re.findall("(?s)<action>(.*?)</action>", text) or text.strip().split("\n"))[-1].split())
+        told = self.tokenizer.decode(node.tokens, skip_special_tokens=True).strip()
+        return " ".join((told.rpartition("</action>")[0].rpartition("<action>")[2] or told.rpartition("\n")[2]).split())
     def play(self, seeds: list[int], K: int, held_out: bool, generator, temperature: float, counts: Counter):
         """Groups of K rollouts of each seed's task, in waves of one step each; by the policy, or by the demonstrator if
         the generator is a random.Random. A prompt is computed once for all its actions, if --kept-tokens has room."""
@@ -701,8 +702,7 @@ class Player:
                     compute(self.model, new, counts)
                 sample(self.model, nodes, [self.args.max_tokens] * len(nodes), lambda tokens: False, self.eos,
                        generator, temperature, 1.0, counts)
-            counts.update(env_steps=len(live), prompt_tokens_sampling=length(new),
-                          prompt_tokens=sum(length(node.path()[:-1]) for node in nodes))
+            counts.update(env_steps=len(live), prompt_tokens=sum(length(node.path()[:-1]) for node in nodes))
             going = []
             for (env, group, k, state, told), node in zip(live, nodes):
                 seen, reward, terminated, truncated, info = env.step(action := self.action(node))
@@ -784,7 +784,7 @@ def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, 
     def text(x) -> str:
         return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in " ".join(str(x).split())[:100])
     shown = sorted(edges, key=lambda edge: distance[edge[2]] + distance[edge[0]])[:most]
-    lines = [f"Task: {text(task)} ({len(shown)} of {len(edges)} edges)\n", "```mermaid", "flowchart TD"]
+    lines = ["```mermaid", "flowchart TD", f'    task["Task: {text(task)}<br>{len(shown)} of {len(edges)} edges"]']
     for state in (state for before, _, after in shown for state in (before, after) if state not in number):
         number[state], (name, color) = len(number), ("SUCCESS", "cfc") if state is SUCCESS else (text(state), "fff")
         lines += [f'    n{number[state]}["{name}<br>d = {distance[state]:g}"]',
@@ -801,10 +801,11 @@ def load_env(spec: str):
     name, *argument = name.split(":", 1)
     try:
         described = importlib.util.spec_from_file_location(f"env_{Path(path).name}", f"{path}.py")
-        described.loader.exec_module(module := importlib.util.module_from_spec(described))
+        module = sys.modules[described.name] = importlib.util.module_from_spec(described)
+        described.loader.exec_module(module)
         make = functools.partial(getattr(module, name), *argument)
         make().reset(seed=0, options={"held_out": True})[1]["task"]
-    except Exception as error:  # noqa: BLE001 (what a user's file does may fail in any way)
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (what a user's file does may fail in any way)
         raise BadInput(f"--env {spec}: want FILE.py:NAME of a world; {type(error).__name__}: {error}") from None
     return make
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
@@ -839,22 +840,22 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps, each on 32 demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e-3) -> None:
+    """Supervised steps, each on n demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
-        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / 32) for path in paths[32 * step : 32 * (step + 1)]]
+        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / n) for path in paths[n * step : n * (step + 1)]]
         update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
 def tiny_model(args, make_env, device: torch.device, folder: Path):
     """The tiny model, warm-started on single steps of the world's demonstrator. It is left in `folder`."""
     save_tiny_model(folder, [*make_env().words], args.seed)
     model, tokenizer = load_model(str(folder), device)
     player, rng, paths = Player(model, tokenizer, args, make_env), random.Random(f"{args.seed}/demonstrations"), []
-    while len(paths) < 32 * args.sft_steps:
+    while len(paths) < 128 * args.sft_steps:
         groups = player.play([rng.getrandbits(32) for _ in range(64)], 1, False, rng, 1.0, Counter())
         paths += [action.path() for group in groups for _, action, *_ in group.steps]
-    warm_start(model, rng.sample(paths, len(paths)), args)
+    warm_start(model, rng.sample(paths, len(paths)), args, 128)
     model.save_pretrained(folder)
     return model, tokenizer
 
@@ -964,11 +965,10 @@ def main(argv: list[str]) -> None:
     out, make_env = Path(args.out), load_env(args.env) if args.env else House
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
-        player = Player(model, tokenizer, args, make_env)
-        task = player.envs[0].reset(seed=0, options={"held_out": True})[1]["task"]
-        player.prompt(player.group(task, 1), [""])  # raises BadInput if it does not fit
-    elif not hasattr(make_env(), "demonstrate"):
-        raise BadInput(f"--env {args.env}: nothing there teaches the tiny model; give --model as well")
+        player = Player(model, tokenizer, args, make_env)  # the next line raises BadInput if a prompt does not fit
+        player.prompt(player.group(player.envs[0].reset(seed=0, options={"held_out": True})[1]["task"], 1), [""])
+    elif not all(hasattr(make_env(), name) for name in ("words", "demonstrate")):
+        raise BadInput(f"--env {args.env}: without words and demonstrate() it needs a model; give --model as well")
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not state and any(out.iterdir()):

@@ -791,12 +791,12 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps, each on 32 demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e-3) -> None:
+    """Supervised steps, each on n demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
-        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / 32) for path in paths[32 * step : 32 * (step + 1)]]
+        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / n) for path in paths[n * step : n * (step + 1)]]
         update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
 
 def calculator_model(args, device: torch.device, folder: Path):

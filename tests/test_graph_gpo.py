@@ -615,7 +615,7 @@ def test_held_out_tasks_are_others():
     low, high = (next(N for N in range(1, 99_999) if N * (1 - math.exp(-3000 / N)) >= len(seen[x]))
                  for x in (True, False))
     assert 0.17 < low / (low + high) < 0.23
-    assert low + high == pytest.approx(4 * 8 * 18 * 17, rel=0.1)
+    assert low + high == pytest.approx(4 * len(THINGS) * 18 * 17, rel=0.1)
 
 
 STRANGE = [
@@ -748,6 +748,22 @@ def test_stored_logps_are_those_of_a_plain_forward(make, architecture, dtype, to
         assert {*group.root.leaves()} == {node for _, node, *_ in group.steps}
         assert not any(any(node.sampled) for node in (group.root, *group.root.children))
         assert all(node.kv is node.hidden is None for node in group.root.below())
+
+
+def test_kv_of_actions_is_let_go_after_each_step(make):
+    player, _ = make("qwen2")
+    earlier, read = [], player.action
+
+    def action(node):
+        assert all(node.kv is node.hidden is None for node in earlier) and node.hidden is not None
+        assert node.parent.kv is not None  # what may be met again stays
+        earlier.append(node)
+        return read(node)
+
+    player.action = action
+    for seed in range(5):
+        played(player, seeds=(seed,), K=1)
+        earlier.clear()
 
 
 @pytest.mark.parametrize("kept", [0, 200_000])
@@ -1195,7 +1211,7 @@ def test_evaluation_without_anything_to_count():
 
 @pytest.mark.parametrize(("text", "action"), [
     ("<action>go hall</action>", "go hall"), ("so <action> take\n  mug </action> then", "take mug"),
-    ("<action>a</action> no: <action>b</action>", "b"), ("<action></action>", ""), ("go hall", "go hall"),
+    ("<action>a</action> no: <action>b</action>", "b"), ("<action></action>", "<action></action>"), ("go hall", "go hall"),
     ("I think\n so: \n go   hall \n\n", "go hall"), ("", ""), ("\n \n", ""), ("<action>open", "<action>open"),
     ("think\n<action>open", "<action>open"), ("<action>x</action>\nlast line", "x"),
     ("</action>a<action>", "</action>a<action>"),
@@ -1219,10 +1235,9 @@ def test_graph_as_mermaid():
     # s - m - G, s - m, s - x; x has no way: d = 3. Edges by d(next) + d(state): m - G 1, s - m 3, s - x 5
     transitions = walks("smG", "sm", "sx")
     assert graph_mermaid("do it", transitions, torch.tensor([1.0, 0.0, 0.5, -1.25])).splitlines() == [
-        "Task: do it (3 of 3 edges)",
-        "",
         "```mermaid",
         "flowchart TD",
+        '    task["Task: do it<br>3 of 3 edges"]',
         '    n0["m<br>d = 1"]',
         "    style n0 fill:#fff,color:#000",
         '    n1["SUCCESS<br>d = 0"]',
@@ -1240,7 +1255,7 @@ def test_graph_as_mermaid():
         "```",
     ]
     few = graph_mermaid("do it", transitions, torch.zeros(4), most=2)
-    assert "Task: do it (2 of 3 edges)" in few and '["x' not in few and few.count("-->") == 2
+    assert "Task: do it<br>2 of 3 edges" in few and '["x' not in few and few.count("-->") == 2
 
 
 def test_mermaid_of_strange_texts():
@@ -1259,5 +1274,5 @@ def test_the_picture_is_of_the_smallest_task_with_both_outcomes():
     groups = [group_of(["sG", "sG"], task="won"), group_of(["sabG", "sa"], task="large"),
               group_of(["sG", "sa"], task="small"), group_of(["s"] * 2, task="nothing")][:3]
     name, text = player.picture(groups, [])
-    assert name == "graph.md" and "Task: small " in text and "+1.41" in text  # A_G + A_E, both 1 / sqrt 2
-    assert "Task: won " in player.picture(groups[:1], [])[1]
+    assert name == "graph.md" and "Task: small<br>" in text and "+1.41" in text  # A_G + A_E, both 1 / sqrt 2
+    assert "Task: won<br>" in player.picture(groups[:1], [])[1]

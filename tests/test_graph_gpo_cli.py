@@ -247,9 +247,8 @@ def test_built_in_run_ends_with_a_summary(whole):
     assert_summary(*whole, ("env_steps", "generated_tokens", "forwarded_tokens"))
 
 def test_built_in_run_leaves_a_model_for_transformers(whole):
-    text = ("Task: put a washed mug into the basin.\nYou are in the hall at the door. It is open. You see: nothing. "
-            "You hold: nothing. The plain mug is at the drawer.")
-    assert_trained_model(whole[0], text, most=30)
+    seen, info = House().reset(seed=0)
+    assert_trained_model(whole[0], f"Task: {info['task']}\n{seen}", most=32)
 
 def test_a_folder_as_model_and_recomputed_activations_change_nothing(quick_run, whole, tmp_path):
     assert_same_first_step(quick_run, tmp_path, whole[0], *SMALL, *FIVE)
@@ -596,7 +595,7 @@ def test_bad_argument(quick_run, tmp_path, line):
     SCRIPT.assert_refused_and_nothing_written(quick_run, tmp_path, re.split("[ =]", line)[0], line)
 
 @pytest.mark.parametrize("flag, line", [
-    ("--model", "--model {files}/short"), ("--max-tokens", "--model {files}/qwen3 --max-tokens 2048"),
+    ("--model", "--model {files}/short"), ("--model", "--model {files}/qwen3 --max-tokens 2048"),
     ("--K", "--resume {runs}/good --K 5"), ("--method", "--resume {runs}/good --method gigpo"),
     ("--env", "--resume {runs}/good --env my.py:World"), ("--omega", "--resume {runs}/good --omega 0.2"),
     ("--tasks", "--resume {runs}/good --tasks 4"), ("--penalty-in-return", "--resume {runs}/good --penalty-in-return"),
