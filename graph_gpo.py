@@ -58,7 +58,7 @@ class Args:
     dynamic_sampling: int = arg(0, "how often tasks whose returns are all equal are replaced by others")
     max_steps: int = arg(25, "environment steps per rollout", low=1)
     history: int = arg(0, "earlier observations and actions in a prompt")
-    steps: int = arg(100, "training steps")
+    steps: int = arg(60, "training steps")
     tasks: int = arg(16, "tasks per step", low=1)
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)

@@ -10,13 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+import graph_gpo
 import tree_grpo
 import treerl
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import default_run
+import graph
 import learning
+import learning_graph_gpo
 import learning_treerl
 import search
 
@@ -154,3 +158,51 @@ def test_mcts_goes_down_where_rewards_are(calculator):
         assert all("\n" not in solver.text(node.tokens[:-1]) for node in nodes)  # a node is a line
         assert max(len(leaf.path()) for leaf in root.leaves()) > 3
     assert total / 3 == pytest.approx(found[-1][1])
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("house")
+    graph_gpo.save_tiny_model(folder, [*graph_gpo.House.words], 0)
+    args = graph_gpo.Args(tasks=3, K=4, max_steps=6, max_tokens=4, dtype="float32", kl_coef=0.0, micro_tokens=400)
+    return *graph_gpo.load_model(str(folder), torch.device("cpu")), args
+
+
+def test_graph_gpo_methods_spend_the_budget(house, monkeypatch):
+    monkeypatch.setattr(learning_graph_gpo.Player, "budget", 150)
+    model, tokenizer, args = house
+    player = learning_graph_gpo.Player(model, tokenizer, graph_gpo.Args(**vars(args)), graph_gpo.House)
+    spent = [player.rollout(step)[1]["env_steps"] for step in range(6)]
+    assert abs(sum(spent) / 6 / 150 - 1) < 0.15  # what is missed in one update is made up in the next
+
+
+def test_ways_to_handle_prompts_cost_what_they_say(house):
+    """One prompt per step costs all prompts in both halves; kept ones cost each distinct prompt of a task once."""
+    model, tokenizer, args = house
+    rows = {way: graph.iteration(way, model, tokenizer, graph_gpo.Args(**vars(args)), 0) for way in graph.WAYS}
+    alone, wave, kept = map(rows.get, graph.WAYS)
+    assert graph_gpo.compute.__name__ == "compute"  # put back
+    assert alone["sampling"] == alone["training"] > 20 * alone["steps"]
+    assert alone["sampling"] > wave["sampling"] > kept["sampling"]
+    assert kept["training"] >= kept["sampling"]  # a task that --micro-tokens split has its root twice
+    whole = graph_gpo.Args(**{**vars(args), "micro_tokens": 10**6})
+    row = graph.iteration("kept", model, tokenizer, whole, 0)
+    assert row["training"] == row["sampling"] == kept["sampling"]
+
+
+def test_grid_is_of_whole_rollouts():
+    transitions = graph.grid(1000)
+    assert len(transitions) == 1000 and any(t.next_state is graph_gpo.SUCCESS for t in transitions)
+    last = {}
+    for t in transitions:  # each begins where the one before it in its rollout ended
+        assert last.get(t.trajectory, t.state) == t.state
+        last[t.trajectory] = t.next_state
+
+
+def test_shuffled_steps_are_the_same_credits_elsewhere(house):
+    model, tokenizer, args = house
+    player = graph_gpo.Player(model, tokenizer, args, graph_gpo.House)
+    [group] = player.play([3], 4, False, random.Random(0), 1.0, graph_gpo.Counter())
+    A = player.advantages(group)
+    dealt = default_run.shuffled_steps(graph_gpo.Player.advantages)(player, group)
+    assert torch.equal(A.sort().values, dealt.sort().values) and not torch.equal(A, dealt)

@@ -1211,7 +1211,8 @@ def test_evaluation_without_anything_to_count():
 
 @pytest.mark.parametrize(("text", "action"), [
     ("<action>go hall</action>", "go hall"), ("so <action> take\n  mug </action> then", "take mug"),
-    ("<action>a</action> no: <action>b</action>", "b"), ("<action></action>", "<action></action>"), ("go hall", "go hall"),
+    ("<action>a</action> no: <action>b</action>", "b"), ("<action></action>", "<action></action>"),
+    ("go hall", "go hall"),
     ("I think\n so: \n go   hall \n\n", "go hall"), ("", ""), ("\n \n", ""), ("<action>open", "<action>open"),
     ("think\n<action>open", "<action>open"), ("<action>x</action>\nlast line", "x"),
     ("</action>a<action>", "</action>a<action>"),
