@@ -7,7 +7,7 @@
 The methods differ in --method alone. Each starts from the same warm-started models, one per start, and plays `budget`
 environment steps per update: the number of tasks is what is owed by now over what a task has cost lately, so what is
 missed in one update is made up in the next. All share the default run's flags, among them the learning rate. Success is
-on 50 held-out tasks, at temperature 1 (8 rollouts each) and greedy, every `every` updates; a run's score is its mean
+on 40 held-out tasks, at temperature 1 (8 rollouts each) and greedy, every `every` updates; a run's score is its mean
 over the evaluations after the first. A pair is two methods with the same start and the same seed.
 """
 
@@ -35,8 +35,8 @@ import graph_gpo
 RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("graph_gpo", "gigpo", "grpo")
 WORLDS = {  # world -> --env, environment steps per update, updates, updates between evaluations, flags, starts, seeds
-    "house": ("", 1500, 40, 8, {}, (0, 1), 8),
-    "sokoban": ("envs/sokoban.py:Sokoban", 1500, 40, 8, {"max_steps": 15}, (0, 1), 3)}
+    "house": ("", 1250, 40, 8, {}, (0, 1), 8),
+    "sokoban": ("envs/sokoban.py:Sokoban", 1250, 40, 8, {"max_steps": 15}, (0, 1), 3)}
 COSTS = ("tasks", "env_steps", "generated_tokens", "forwarded_tokens", "rollout_cpu", "update_cpu")
 EVALUATED = ("success", "greedy_success", "progress_in_failed", "waste_in_successful")
 
@@ -69,7 +69,7 @@ def run_seeds(job: tuple) -> None:
         graph_gpo.tiny_model(args, make_env, torch.device("cpu"), Path(folder, "start"))
         graph_gpo.Player = Player
         common = flags({**told, "env": env, "model": f"{folder}/start", "lr": 5e-4, "max_tokens": 8, "device": "cpu",
-                        "steps": updates, "eval_every": every, "eval_tasks": 50, "save_every": 10**6})
+                        "steps": updates, "eval_every": every, "eval_tasks": 40, "save_every": 10**6})
         for seed, method in missing:
             began, out = time.perf_counter(), f"{folder}/{seed}-{method}"
             graph_gpo.main([*common, f"--method={method}", f"--seed={seed}", "--out", out])
