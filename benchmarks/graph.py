@@ -91,14 +91,15 @@ def sharing(repeats: int, trained: int) -> None:
 
 def grid(n: int, seed: int = 0) -> list[graph_gpo.Transition]:
     """n transitions of random rollouts of 50 steps, on a grid with n / 10 fields of which one is the goal."""
-    rng, side, found = random.Random(seed), max(3, round((n / 10) ** 0.5)), []
+    rng, side, found, rollout = random.Random(seed), max(3, round((n / 10) ** 0.5)), [], 0
     while len(found) < n:
+        rollout += 1
         x, y = rng.randrange(side), rng.randrange(side)
         for _ in range(min(50, n - len(found))):
             dx, dy = rng.choice(((0, 1), (1, 0), (0, -1), (-1, 0)))
             to = (min(max(x + dx, 0), side - 1), min(max(y + dy, 0), side - 1))
             won = to == (side // 2, side // 2)
-            found.append(graph_gpo.Transition((x, y), "move", graph_gpo.SUCCESS if won else to, len(found) // 50))
+            found.append(graph_gpo.Transition((x, y), "move", graph_gpo.SUCCESS if won else to, rollout))
             x, y = to
             if won:
                 break

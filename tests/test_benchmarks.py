@@ -25,7 +25,7 @@ import learning_treerl
 import search
 
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
-OTHER_TABLES = ("script", "part", "leaf", "segment", "what", "equation")  # by first column: not of measured figures
+OTHER_TABLES = ("script", "part", "leaf", "segment", "rollout", "state", "what", "equation", "paper")  # by first column: not of measured figures
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
