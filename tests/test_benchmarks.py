@@ -25,7 +25,8 @@ import learning_treerl
 import search
 
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
-OTHER_TABLES = ("script", "part", "leaf", "segment", "rollout", "state", "what", "equation", "paper")  # by first column: not of measured figures
+# by the first column: tables that are not of measured figures
+OTHER_TABLES = ("script", "part", "leaf", "segment", "rollout", "state", "what", "equation", "paper")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
