@@ -313,6 +313,9 @@ class Node:
 
 def length(nodes: list[Node]) -> int:
     return sum(len(node.tokens) for node in nodes)
+def forget(nodes) -> None:  # frees memory; what is needed again is computed again
+    for node in nodes:
+        node.kv = node.hidden = None
 def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
     """The attention that transformers calls in each layer; `tree` is handed through the model's keyword arguments."""
     return tree(module.layer_idx, query, key, value, scaling), None
@@ -645,10 +648,6 @@ def compute(model, nodes: list[Node], counts: Counter) -> None:
     for b in (b for b, node in enumerate(lanes.grid) if node):
         lanes.store(b)
 
-def forget(nodes) -> None:  # frees memory; what is needed again is computed again
-    for node in nodes:
-        node.kv = node.hidden = None
-
 class Player:
     """The policy in a world: rollouts of many tasks at a time; and what train() needs of the method."""
     def __init__(self, model, tokenizer, args, make_env):
@@ -685,20 +684,19 @@ class Player:
         """Groups of K rollouts of each seed's task, in waves of one step each; by the policy, or by the demonstrator if
         the generator is a random.Random. A prompt is computed once for all its actions, if --kept-tokens has room."""
         self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
-        groups, live, kept = [], [], 0
+        groups, live = [], []
         for i, env in enumerate(self.envs[: len(seeds) * K]):
             seen, info = env.reset(seed=seeds[i // K], options={"held_out": held_out})
             groups += [self.group(info["task"], K)] if i % K == 0 else []
             live.append((env, groups[-1], i % K, info.get("state", seen), [seen]))
         for _ in range(self.args.max_steps):
             prompts = [self.prompt(group, told) for _, group, _, _, told in live]
-            nodes, new = [Node(prompt) for prompt in prompts], []
+            nodes = [Node(prompt) for prompt in prompts]
             if isinstance(generator, random.Random):
                 for node, (env, *_) in zip(nodes, live):
                     node.add([*self.encode(env.demonstrate(generator)), self.tokenizer.eos_token_id], sampled=True)
             else:
-                new = [prompt for prompt in dict.fromkeys(prompts) if prompt.kv is None]
-                if new:
+                if new := [prompt for prompt in dict.fromkeys(prompts) if prompt.kv is None]:
                     compute(self.model, new, counts)
                 sample(self.model, nodes, [self.args.max_tokens] * len(nodes), lambda tokens: False, self.eos,
                        generator, temperature, 1.0, counts)
@@ -713,8 +711,9 @@ class Player:
                 if not (terminated or truncated):
                     going.append((env, group, k, after, [*told[:-1], f"{told[-1]}\n> {action}\n", seen]))
             forget(nodes)
-            if (kept := kept + length(new)) > self.args.kept_tokens:
-                kept = forget(prompt for group in groups for prompt in group.root.children) or 0
+            kept = [prompt for group in groups for prompt in group.root.children if prompt.kv is not None]
+            if length(kept) > self.args.kept_tokens:
+                forget(kept)
             if not (live := going):
                 break
         forget(node for group in groups for node in group.root.below())

@@ -171,6 +171,10 @@ class Node:
 def length(nodes: list[Node]) -> int:
     return sum(len(node.tokens) for node in nodes)
 
+def forget(nodes) -> None:  # frees memory; what is needed again is computed again
+    for node in nodes:
+        node.kv = node.hidden = None
+
 def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
     """The attention that transformers calls in each layer; `tree` is handed through the model's keyword arguments."""
     return tree(module.layer_idx, query, key, value, scaling), None
@@ -621,8 +625,7 @@ class Agent:
         counts = Counter(generated_tokens=0, forwarded_tokens=0, tool_calls=0, entropy=0.0)
         tree_rollout(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), groups,
                      args.M, args.N if args.method == "tree_grpo" else 0, args.L, rng)
-        for node in (node for _, root in groups for node in root.below()):
-            node.kv = node.hidden = None  # the sampler is done with it
+        forget(node for _, root in groups for node in root.below())
         rewards = torch.tensor([leaf.reward for _, root in groups for leaf in root.leaves()])
         counts["entropy"] /= counts["generated_tokens"]
         return groups, {"reward": rewards.mean().item(), "success": (rewards > 0.5).float().mean().item(), **counts}

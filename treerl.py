@@ -216,6 +216,10 @@ class Node:
 def length(nodes: list[Node]) -> int:
     return sum(len(node.tokens) for node in nodes)
 
+def forget(nodes) -> None:  # frees memory; what is needed again is computed again
+    for node in nodes:
+        node.kv = node.hidden = None
+
 def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
     """The attention that transformers calls in each layer; `tree` is handed through the model's keyword arguments."""
     return tree(module.layer_idx, query, key, value, scaling), None
@@ -620,8 +624,7 @@ class Solver:
             eptree(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), part,
                    args.M, args.N if args.method != "chainrl" else 0, args.L, args.T, self.answer_at,
                    anywhere if args.method == "random" else fork_points)
-            for node in (node for _, root in part for node in root.below()):
-                node.kv = node.hidden = None  # the sampler is done with it
+            forget(node for _, root in part for node in root.below())
         return groups
     def rollout(self, step: int):
         """The trees of one training step: ((problem, root) pairs, what to log of them)."""
