@@ -79,6 +79,22 @@ class Agent(tree_grpo.Agent):
         self.row["signal"] = sum(map(bool, advantages)) / len(advantages)
         return samples
 
+class Budgeted:
+    """Mixed into a script's solver or player: `budget` of `counted` per update. The number of `unit` is what is owed by
+    now over what one has cost lately, so what is missed in one update is made up in the next."""
+    unit, counted, budget = "prompts", "generated_tokens", 0
+    price, spent = 0.0, 0  # what one costs, and what all of them have
+
+    def rollout(self, step: int):
+        if not self.price:  # at first from a batch that is not used
+            self.price = super().rollout(step)[1][self.counted] / getattr(self.args, self.unit)
+        setattr(self.args, self.unit, max(1, round((self.budget * (step + 1) - self.spent) / self.price)))
+        began = time.process_time()
+        groups, row = super().rollout(step)
+        self.spent += row[self.counted]
+        self.price = 0.7 * self.price + 0.3 * row[self.counted] / len(groups)
+        return groups, {**row, self.unit: len(groups), "rollout_cpu": time.process_time() - began}
+
 def timed_update(*arguments, update=tree_grpo.update) -> dict[str, float]:
     began = time.process_time()
     return {**update(*arguments), "update_cpu": time.process_time() - began}

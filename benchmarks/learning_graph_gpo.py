@@ -28,7 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import flags, half_width, in_processes, interval, table, timed_update
+from learning import Budgeted, flags, half_width, in_processes, interval, table, timed_update
 
 import graph_gpo
 
@@ -41,19 +41,8 @@ COSTS = ("tasks", "env_steps", "generated_tokens", "forwarded_tokens", "rollout_
 EVALUATED = ("success", "greedy_success", "progress_in_failed", "waste_in_successful")
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-class Player(graph_gpo.Player):
-    """The script's player, with a budget of environment steps per update, and the CPU time of its rollouts logged."""
-    budget, price, spent = 0, 0.0, 0  # what is to be spent per update, what a task costs, what all of them have cost
-
-    def rollout(self, step: int):
-        if not self.price:  # at first from a batch that is not used
-            self.price = super().rollout(step)[1]["env_steps"] / self.args.tasks
-        self.args.tasks = max(1, round((self.budget * (step + 1) - self.spent) / self.price))
-        began = time.process_time()
-        groups, row = super().rollout(step)
-        self.spent += row["env_steps"]
-        self.price = 0.7 * self.price + 0.3 * row["env_steps"] / len(groups)
-        return groups, {**row, "tasks": len(groups), "rollout_cpu": time.process_time() - began}
+class Player(Budgeted, graph_gpo.Player):
+    unit, counted = "tasks", "env_steps"
 
 def run_seeds(job: tuple) -> None:
     """The missing (seed, method) of one world and start, from one warm start, in a process of its own."""

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import flags, half_width, in_processes, interval, table, timed_update
+from learning import Budgeted, flags, half_width, in_processes, interval, table, timed_update
 
 import treerl
 
@@ -48,19 +48,8 @@ PAIRS = (("6,2,1,2", "18 chains"), ("2,2,2,2", "9 chains"), ("6,2,1,2", "2,2,2,2
          ("6,2,1,2", "random"))
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-class Solver(treerl.Solver):
-    """The script's solver, with a token budget per update, and the CPU time of its rollouts in its log."""
-    price, spent = 0.0, 0  # what a prompt costs, and what all of them have
-
-    def rollout(self, step: int):
-        if not self.price:  # at first from a batch that is not used
-            self.price = super().rollout(step)[1]["generated_tokens"] / self.args.prompts
-        self.args.prompts = max(1, round((BUDGET * (step + 1) - self.spent) / self.price))
-        began = time.process_time()
-        groups, row = super().rollout(step)
-        self.spent += row["generated_tokens"]
-        self.price = 0.7 * self.price + 0.3 * row["generated_tokens"] / len(groups)
-        return groups, {**row, "prompts": len(groups), "rollout_cpu": time.process_time() - began}
+class Solver(Budgeted, treerl.Solver):
+    budget = BUDGET
 
 def run_seed(job: tuple[int, list[str]]) -> None:
     """The missing arms of one seed, from one warm start, in a process of its own."""

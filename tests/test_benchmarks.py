@@ -92,6 +92,11 @@ def test_treerl_tables_follow_from_the_runs():
     assert learning_treerl.tables() in page
 
 
+def test_graph_gpo_tables_follow_from_the_runs():
+    page = (ROOT / "benchmarks" / "results" / "learning_graph_gpo.md").read_text(encoding="utf-8")
+    assert learning_graph_gpo.tables() in page
+
+
 def test_search_rows_follow_from_the_runs():
     """Mean pass rate and tokens of the table against those of each model."""
     rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "search.jsonl").read_text().splitlines()]
@@ -132,7 +137,7 @@ def calculator(tmp_path_factory):
 
 
 def test_treerl_arms_spend_the_budget(calculator, monkeypatch):
-    monkeypatch.setattr(learning_treerl, "BUDGET", 1500)
+    monkeypatch.setattr(learning_treerl.Solver, "budget", 1500)
     model, tokenizer, _ = calculator
     for told, _ in learning_treerl.ARMS.values():
         args, _ = treerl.parse_args(treerl.Args, told.split())
