@@ -54,7 +54,7 @@ class Args:
     beta_episode: float = arg(1.0, "weight of the episode term, A_E")
     invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
     penalty_in_return: bool = arg(False, "take it before the z-scores instead, as the authors' code does")
-    merge_similarity: float = arg(1.0, "states whose texts are at least so alike are one (authors' code: 0.95)", high=1)
+    merge_similarity: float = arg(1.0, "states whose keys are at least so alike are one (authors' code: 0.95)", high=1)
     dynamic_sampling: int = arg(0, "how often tasks whose returns are all equal are replaced by others")
     max_steps: int = arg(25, "environment steps per rollout", low=1)
     history: int = arg(0, "earlier observations and actions in a prompt")
@@ -140,15 +140,16 @@ def per_group(groups: list):
 def z_scores(values: Tensor, groups: list) -> Tensor:
     """z-score (unbiased std, no epsilon) of each value among those of its group, (n,) in float64; 0 for a lone one, and
     where a group's values span no more than rounding does: 1e-9 of the largest."""
-    among, values = per_group(groups), values.double()
-    x = values - among(values, "mean")
+    among, x = per_group(groups), values.double()
+    x = x / among(x.abs(), "amax").clamp(1e-300)  # the largest is 1: squares of tiny ones would be 0, of huge ones inf
+    x = x - among(x, "mean")
     std = (among(x * x, "sum") / (among(torch.ones_like(x), "sum") - 1)).sqrt()
-    return torch.where(among(x, "amax") - among(x, "amin") <= 1e-9 * among(values.abs(), "amax"), 0, x / std)
+    return torch.where(among(x, "amax") - among(x, "amin") <= 1e-9, 0, x / std)
 def graph_advantages(transitions: list[Transition], omega: float = 0.1, penalties: Tensor | None = None) -> Tensor:
     """A_G of each transition of one task's group: z-score of R_G(s, a, s') = 10 omega^(d(s') + cost) among all that
     leave s, whatever became of their rollouts (GraphGPO). The scale cancels, so steps far from the goal get their full
     credit; all 0 without any success. Returns (len(transitions),), float64. ValueError as in goal_distances, and for
-    omega outside (0, 1). `penalties`, of that shape, are taken from R_G before, as in the authors' code."""
+    omega outside (0, 1). `penalties`, of that shape, are taken from R_G, as in the authors' code: on its own scale."""
     if not 0 < omega < 1:
         raise ValueError(f"want 0 < omega < 1, got {omega}")
     distances, states = goal_distances(transitions), [t.state for t in transitions]
@@ -164,7 +165,7 @@ def gigpo_advantages(transitions: list[Transition], rewards: Tensor, gamma: floa
     of its rollout, among all that leave the same state. rewards r: (len(transitions),); result: the same, float64.
     penalties: as in graph_advantages. ValueError unless there are finite rewards of that shape and 0 <= gamma <= 1."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    if not len(rewards) or rewards.shape != (len(transitions),) or not rewards.isfinite().all() or not 0 <= gamma <= 1:
+    if not transitions or rewards.shape != (len(transitions),) or not rewards.isfinite().all() or not 0 <= gamma <= 1:
         raise ValueError(f"want finite rewards, one per transition, and 0 <= gamma <= 1, got {rewards}, {gamma}")
     later, returns = {}, []
     for t, reward in zip(reversed(transitions), reversed(rewards.tolist())):
@@ -203,8 +204,8 @@ class House:
     reset(seed, options) -> observation, info: the seed decides on the task; options["held_out"]: one never trained on.
     step(action) -> observation, reward, terminated, truncated, info: terminated with a reward above 0 is success.
     info["task"], from reset: what to do. info["state"]: the key, text, equal where states are (default: observation).
-    info["valid"], from step: was it an action (default: yes)? `instruction`: the system text. For the tiny model also
-    `words`, its tokens, and demonstrate(rng), a demonstrator's action. The key here has all that decides the future."""
+    info["valid"], from step: was it an action (default: yes)? `instruction`: what a chat model is told before the task.
+    For a tiny model `words`, its tokens, and demonstrate(rng), an action. This key has all that decides the future."""
     instruction = """You are in a house. Do the task, one action at a time: go <room or place>, open <place>,
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
@@ -666,12 +667,12 @@ class Player:
         group.root.add(encode(self.tokenizer, f"{self.before}{task}\n"))
         return group
     def prompt(self, group: Group, told: list[str]) -> Node:
-        """A prompt: below the system text and the task the last --history of the earlier observations and actions of
+        """A prompt: below the instruction and the task the last --history of the earlier observations and actions of
         `told`, the observation, which is its last, and the end of the chat template; cut from the left to fit."""
         tail, context = self.encode(self.after), self.model.config.max_position_embeddings
         room = context - len(group.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
-            raise BadInput(f"--model: its context of {context} is too short for {group.task[-40:]!r}, --max-tokens")
+            raise BadInput(f"--model: a context of {context} is too short for {group.task[-40:]!r} and --max-tokens")
         rest = (*self.encode("".join(told[-1 - self.args.history :]))[-room:], *tail)
         if rest not in group.prompts:
             group.prompts[rest] = Node(group.root, [*rest], [False] * len(rest), [0.0] * len(rest))
@@ -739,7 +740,7 @@ class Player:
         A = episode_advantages(returns)[number]
         if args.penalty_in_return:
             A, penalties, early = episode_advantages(returns[number] - penalties), 0, penalties
-        if args.merge_similarity < 1:
+        if args.merge_similarity < 1 and args.method != "grpo":
             transitions = merge_states(transitions, args.merge_similarity)
         A_G = {"graph_gpo": lambda: graph_advantages(transitions, args.omega, early), "grpo": lambda: 0,
                "gigpo": lambda: gigpo_advantages(transitions, rewards, args.gamma, early)}[args.method]()
@@ -770,7 +771,7 @@ class Player:
                 rows["waste_in_successful" if won else "progress_in_failed"].append(nearer != won)
         return {name: sum(row) / len(row) if row else None for name, row in rows.items()}
     def picture(self, groups: list[Group], samples: list[Sample]) -> tuple[str, str]:
-        """("graph.md", Mermaid): the smallest graph of a task with success and failure, if there is any."""
+        """("graph.md", Mermaid): the smallest graph of a task with success and failure, if any, never merged."""
         group = min(groups, key=lambda group: (len(set(group.won)) < 2, len(group.root.children)))
         return "graph.md", graph_mermaid(group.task, [t for t, *_ in group.steps], self.advantages(group))
 
@@ -803,7 +804,7 @@ def load_env(spec: str):
         module = sys.modules[described.name] = importlib.util.module_from_spec(described)
         described.loader.exec_module(module)
         make = functools.partial(getattr(module, name), *argument)
-        make().reset(seed=0, options={"held_out": True})[1]["task"]
+        [make().reset(seed=0, options={"held_out": held_out})[1]["task"] for held_out in (True, False)]
     except (Exception, SystemExit) as error:  # noqa: BLE001 (what a user's file does may fail in any way)
         raise BadInput(f"--env {spec}: want FILE.py:NAME of a world; {type(error).__name__}: {error}") from None
     return make
@@ -834,7 +835,7 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=0,
         initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -950,7 +951,7 @@ def summary(out: Path, *counted: str) -> str:
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
     folder, state = args.model, None
-    if args.resume:
+    if "resume" in given:
         args, folder, state = resume_run(args, given)
     try:
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

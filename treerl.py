@@ -788,7 +788,7 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True, eos_token_id=0,
+        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=0,
         initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
@@ -936,7 +936,7 @@ def summary(out: Path, *counted: str) -> str:
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
     folder, state = args.model, None
-    if args.resume:
+    if "resume" in given:
         args, folder, state = resume_run(args, given)
     try:
         name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -382,7 +382,7 @@ BAD_FOLDERS = [
     ("--resume", "--resume {runs}/nothing"), ("--resume", "--resume {runs}/no-state"),
     ("--resume", "--resume {runs}/missing"), ("--resume", "--resume {runs}/other-script"),
     ("--resume", "--resume {runs}/other-file"), ("--resume", "--resume {runs}/cut-state"),
-    ("--resume", "--resume {runs}/cut-weights"),
+    ("--resume", "--resume {runs}/cut-weights"), ("--resume", "--resume="),
     ("--lr", "--resume {runs}/good --lr 0.25"), ("--M", "--resume {runs}/good --M 7"),
     ("--seed", "--seed 1 --resume {runs}/good"), ("--kl-coef", "--resume {runs}/good --steps 9 --kl-coef 0.5"),
     ("--out", "--resume {runs}/good --out elsewhere"),

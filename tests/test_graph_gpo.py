@@ -322,6 +322,8 @@ def test_episode_advantages():
     assert episode_advantages(torch.tensor([3.0])).tolist() == [0]
     assert episode_advantages([0.1 + 0.2, 0.3, 0.3]).tolist() == [0, 0, 0]  # equal but for rounding
     assert episode_advantages([1e-30, 2e-30]).tolist() == pytest.approx([-(2**-0.5), 2**-0.5])  # no epsilon
+    for scale in (1e-300, 1e-200, 1e200, 1.7e308 / 2):  # whose squares are 0 or infinite
+        assert episode_advantages([scale, 2 * scale]).tolist() == pytest.approx([-(2**-0.5), 2**-0.5])
     rng = random.Random(0)
     for _ in range(200):
         returns = [rng.choice([0.0, 1.0, rng.gauss(0, 3)]) for _ in range(rng.randint(1, 9))]
@@ -428,6 +430,8 @@ def test_wrong_rewards_and_gamma_are_refused(rewards, gamma):
         gigpo_advantages(walks("abG"), torch.tensor(rewards), gamma)
     with pytest.raises(ValueError, match="want"):
         gigpo_advantages([], torch.tensor([]), 0.9)
+    with pytest.raises(ValueError, match="want"):
+        gigpo_advantages(walks("abG"), 1.0)
 
 
 @pytest.mark.parametrize("returns", [[], [[1.0, 2.0]], [[]], 1.0, [0.0, math.nan], [0.0, -math.inf]])

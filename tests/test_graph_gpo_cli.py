@@ -133,6 +133,13 @@ class Broken(Walk):
     def reset(self, seed=0, options=None):
         raise RuntimeError("the game\\nis lost")
 
+class Untrained(Walk):
+    """There are held-out tasks only."""
+    def reset(self, seed, options):
+        if not options["held_out"]:
+            raise FileNotFoundError("no games to train on")
+        return super().reset(seed=seed, options=options)
+
 class Taskless(Walk):
     def reset(self, seed=0, options=None):
         return "You are here.", {}
@@ -417,12 +424,13 @@ def test_what_a_world_is_asked(quick_run, walk, worlds, tmp_path):
     assert result.returncode == 0, result.stderr[-3000:]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     resets = [(seed, options["held_out"]) for kind, seed, *rest in lines if kind == "reset" for options in rest]
-    # First a look whether it is a world and its task fits, before and after: evaluations with 3 rollouts, one greedy.
+    # First a look whether it is a world and its task fits; then evaluations, before and after, with 3 rollouts and one.
     looks = [reset for reset in resets if reset[1]]
     assert len(looks) == 2 + 2 * (2 * 3 + 2)
     assert looks[:2] == [(0, True)] * 2 and looks[2:10] == looks[10:] and len(set(looks[2:])) == 2
-    trained = [seed for seed, held_out in resets if not held_out]
-    assert len(trained) == 2 * 2 * 3 and trained == sorted(trained, key=trained.index) and len(set(trained)) == 4
+    look, *trained = [seed for seed, held_out in resets if not held_out]
+    assert look == 0 and len(trained) == 2 * 2 * 3 and len(set(trained)) == 4
+    assert trained == sorted(trained, key=trained.index)
     assert all(isinstance(seed, int) for seed, _ in resets)
     actions = [line[1] for line in lines if line[0] == "step"]
     assert all(action == " ".join(action.split()) for action in actions) and {"up", "down"} <= set(actions)
@@ -607,6 +615,7 @@ def test_bad_file_or_folder(quick_run, files, runs, tmp_path, flag, line):
 @pytest.mark.parametrize("world, words", [
     ("missing.py:World", "missing.py"), ("my.py:Missing", "Missing"), ("syntax.py:World", "SyntaxError"),
     ("imports.py:World", "pip install something"), ("my.py:Broken", "RuntimeError: the game is lost"),
+    ("my.py:Untrained", "no games to train on"),
     ("my.py", "NAME"), ("", "NAME"), (":Walk", "NAME"), ("my.py:", "NAME"), ("my.py::", "NAME"), ("my:Walk", "NAME"),
     ("folder.py:World", "folder.py"), ("my.py:Walk:three", "three"), ("my.py:Walk:", "int()"),
     ("my.py:NASTY", "callable"), ("my.py:json", "callable"), ("my.py:Taskless", "task"), ("my.py:Bare", "NAME"),
