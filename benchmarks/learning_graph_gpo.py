@@ -36,7 +36,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("graph_gpo", "gigpo", "grpo")
 WORLDS = {  # world -> --env, environment steps per update, updates, updates between evaluations, flags, starts, seeds
     "house": ("", 1250, 40, 8, {}, (0, 1), 8),
-    "sokoban": ("envs/sokoban.py:Sokoban", 1500, 60, 12, {"max_steps": 15, "sft_steps": 800}, (0, 1), 3)}
+    "sokoban": ("envs/sokoban.py:Sokoban", 1500, 60, 12, {"max_steps": 15}, (0, 1), 3)}
 COSTS = ("tasks", "env_steps", "generated_tokens", "forwarded_tokens", "rollout_cpu", "update_cpu")
 EVALUATED = ("success", "greedy_success", "progress_in_failed", "waste_in_successful")
 
