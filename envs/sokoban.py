@@ -125,7 +125,7 @@ cell behind it is floor; boxes cannot be pulled, so keep them out of corners. Th
         """A shortest solution from here, empty if there is none."""
         return [*(solve(self.walls, self.goals, self.player, self.boxes) or ())]
     def demonstrate(self, rng: random.Random) -> str:
-        """The next action of one who knows the way, but in a fifth of the steps moves at random. (In half of them, and the
-        tiny model has learned hardly anything after 300 steps of warm start; with fewer than this, too much.)"""
+        """The next action of one who knows the way, but in a fifth of his steps moves at random. (With half of them at
+        random, the tiny model learned hardly anything from him.)"""
         way = self.solution() if rng.random() < 0.8 else []
         return way[0] if way else rng.choice([*MOVES])
