@@ -91,8 +91,8 @@ def score(row: dict, name: str = "success") -> float:
     return statistics.mean(row[name][1:])  # [0] is the model that all methods start from
 
 def tables() -> str:
-    """What was learned and what it cost; then the pairs."""
-    learned, gaps = [], []
+    """What was learned and what it cost; the pairs; and the shares of the paper's Figure 1."""
+    learned, gaps, shares = [], [], []
     for world in WORLDS:
         runs = whole_pairs(world)
         for method in METHODS if runs else ():
@@ -103,6 +103,8 @@ def tables() -> str:
             learned.append([world, method, str(len(rows)), f"{before:.3f}", interval(list(map(score, rows))), *ends,
                             *(f"{mean[name]:,.0f}" for name in ("env_steps", "forwarded_tokens")),
                             *(f"{mean[name]:.1f}" for name in ("rollout_cpu", "update_cpu"))])
+            shares.append([world, method, *(f"{statistics.mean(row[name][i] for row in rows):.1%}"
+                                            for name in reversed(EVALUATED[2:]) for i in (0, -1))])
         for one, other in itertools.combinations(METHODS, 2) if runs else ():
             line = [world, f"{one} − {other}"]
             for value in (score, functools.partial(score, name="greedy_success"), lambda row: row["success"][-1]):
@@ -116,7 +118,9 @@ def tables() -> str:
         table(("world", "method", "runs", "sampled before", "score", "sampled after", "greedy after", "env steps",
                "forwarded tokens", "CPU s sampling", "CPU s training"), learned),
         table(("world", "pair", "score", "ahead", "greedy score", "ahead, greedy", "sampled after", "ahead, after",
-               "score of each start"), gaps)))
+               "score of each start"), gaps),
+        table(("world", "method", *(f"{share}, {when}" for share in ("waste", "progress") for when in ("before", "after"))),
+              shares)))
 
 def figure() -> None:
     """learning_graph_gpo.png: mean curves over environment steps, sampled and greedy, of each world."""
