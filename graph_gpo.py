@@ -790,9 +790,9 @@ def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, 
         lines += [f'    n{number[state]}["{name}<br>d = {distance[state]:g}"]',
                   f"    style n{number[state]} fill:#{color},color:#000"]
     for i, (before, action, after) in enumerate(shown):
-        A, n = sum(edges[shown[i]]) / len(edges[shown[i]]), len(edges[shown[i]])
+        A, n = round(sum(edges[shown[i]]) / len(edges[shown[i]]), 2) + 0.0, len(edges[shown[i]])  # + 0.0: no -0.00
         lines += [f'    n{number[before]} -->|"{text(action)}, {n} x, A = {A:+.2f}"| n{number[after]}',
-                  f"    linkStyle {i} stroke:#{'2a2' if A > 1e-6 else 'c22' if A < -1e-6 else '888'}"]
+                  f"    linkStyle {i} stroke:#{'2a2' if A > 0 else 'c22' if A < 0 else '888'}"]
     return "\n".join([*lines, "```", ""])
 # ---------------------------------------------------------------------------------- worlds, models, the training loop
 def load_env(spec: str):

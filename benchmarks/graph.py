@@ -9,6 +9,7 @@ graph: goal_distances and the two step advantages for 10^3 to 10^6 transitions o
 What is compared takes turns within one run; times are medians. Look at the ratios, not at the seconds."""
 
 import argparse
+import contextlib
 import random
 import statistics
 import sys
@@ -68,8 +69,9 @@ def sharing(repeats: int, trained: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         args = graph_gpo.Args(dtype="float32", max_tokens=8, device="cpu", kl_coef=0.0, micro_tokens=16384)
         graph_gpo.tiny_model(args, graph_gpo.House, torch.device("cpu"), Path(folder, "start"))
-        graph_gpo.main(["--model", f"{folder}/start", "--lr", "5e-4", "--max-tokens", "8", "--device", "cpu", "--steps",
-                        str(trained), "--eval-tasks", "1", "--out", f"{folder}/out"])
+        with contextlib.redirect_stdout(sys.stderr):
+            graph_gpo.main(["--model", f"{folder}/start", "--lr", "5e-4", "--max-tokens", "8", "--device", "cpu",
+                            "--steps", str(trained), "--eval-tasks", "1", "--out", f"{folder}/out"])
         for policy, path in (("warm-started", f"{folder}/start"), (f"after {trained} steps", f"{folder}/out/final")):
             for history in (0, 2):
                 model, tokenizer = graph_gpo.load_model(path, torch.device("cpu"))
