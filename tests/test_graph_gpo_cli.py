@@ -554,8 +554,8 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(files, players):
 @pytest.mark.parametrize("text, action", [
     ("go hall", "go hall"), ("  go   hall \n", "go hall"), ("I think.\ngo hall", "go hall"), ("", ""), ("\n \n", ""),
     ("<action>go hall</action>", "go hall"), ("Well.\n<action> go\n hall </action>\nDone.", "go hall"),
-    ("<action>go hall</action> no, <action>open chest</action>", "open chest"), ("go <action></action>", "go <action></action>"),
-    ("<action>go hall", "<action>go hall"), ("go <action>", "go <action>"),
+    ("<action>go hall</action> no, <action>open chest</action>", "open chest"), ("<action>go hall", "<action>go hall"),
+    ("go <action></action>", "go <action></action>"), ("go <action>", "go <action>"),
     (f"<action>{NASTY}</action>", " ".join(NASTY.split())),
 ])
 def test_the_action_is_in_its_tags_or_the_last_line(files, players, text, action):
