@@ -202,10 +202,10 @@ class House:
     """A household in the manner of ALFWorld, deterministic: find a thing, take it, clean, heat or cool it, and put it
     somewhere; 4 to 14 steps if none is wasted. A world is whatever has this shape, Gymnasium's, with texts:
     reset(seed, options) -> observation, info: the seed decides on the task; options["held_out"]: one never trained on.
-    step(action) -> observation, reward, terminated, truncated, info: terminated with a reward above 0 is success.
+    step(action) -> observation, reward, terminated, truncated, info: terminated is success if reward > 0, else failure.
     info["task"], from reset: what to do. info["state"]: the key, text, equal where states are (default: observation).
     info["valid"], from step: was it an action (default: yes)? `instruction`: what a chat model is told before the task.
-    For a tiny model `words`, its tokens, and demonstrate(rng), an action. This key has all that decides the future."""
+    For the tiny model `words`, texts of one token each (others it spells), and demonstrate(rng), an action."""
     instruction = """You are in a house. Do the task, one action at a time: go <room or place>, open <place>,
 take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
 bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
@@ -706,7 +706,8 @@ class Player:
             for (env, group, k, state, told), node in zip(live, nodes):
                 seen, reward, terminated, truncated, info = env.step(action := self.action(node))
                 after, group.won[k] = info.get("state", seen), bool(terminated and reward > 0)
-                transition = Transition(state, action, SUCCESS if group.won[k] else after, k)
+                end = SUCCESS if group.won[k] else f"{after} (failed)" if terminated else after  # no way leads on
+                transition = Transition(state, action, end, k)
                 group.steps.append((transition, node, float(reward), bool(info.get("valid", True))))
                 group.returns[k] += float(reward)
                 if not (terminated or truncated):
@@ -774,7 +775,6 @@ class Player:
         """("graph.md", Mermaid): the smallest graph of a task with success and failure, if any, never merged."""
         group = min(groups, key=lambda group: (len(set(group.won)) < 2, len(group.root.children)))
         return "graph.md", graph_mermaid(group.task, [t for t, *_ in group.steps], self.advantages(group))
-
 def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, most: int = 50) -> str:
     """The graph of a task as a Mermaid diagram: states with their distance to success; edges with the action, how often
     it was taken and its mean advantage, green or red by its sign. Of more than `most` edges those nearest to it."""
@@ -797,7 +797,7 @@ def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, 
 # ---------------------------------------------------------------------------------- worlds, models, the training loop
 def load_env(spec: str):
     """--env -> a function that makes such a world. BadInput says what is wrong with it."""
-    path, _, name = spec.partition(".py:")
+    path, _, name = spec.removesuffix(".py").partition(".py:")
     name, *argument = name.split(":", 1)
     try:
         described = importlib.util.spec_from_file_location(f"env_{Path(path).name}", f"{path}.py")
@@ -806,7 +806,7 @@ def load_env(spec: str):
         make = functools.partial(getattr(module, name), *argument)
         [make().reset(seed=0, options={"held_out": held_out})[1]["task"] for held_out in (True, False)]
     except (Exception, SystemExit) as error:  # noqa: BLE001 (what a user's file does may fail in any way)
-        raise BadInput(f"--env {spec}: want FILE.py:NAME of a world; {type(error).__name__}: {error}") from None
+        raise BadInput(f"--env {spec}: want a world FILE.py:NAME[:ARGUMENT]; {type(error).__name__}: {error}") from None
     return make
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
     return tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)["input_ids"]
@@ -849,16 +849,16 @@ def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e
         update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
 def tiny_model(args, make_env, device: torch.device, folder: Path):
     """The tiny model, warm-started on single steps of the world's demonstrator. It is left in `folder`."""
-    save_tiny_model(folder, [*make_env().words], args.seed)
-    model, tokenizer = load_model(str(folder), device)
+    save_tiny_model(temporary := folder.with_suffix(".tmp"), [*make_env().words], args.seed)
+    model, tokenizer = load_model(str(temporary), device)
     player, rng, paths = Player(model, tokenizer, args, make_env), random.Random(f"{args.seed}/demonstrations"), []
     while len(paths) < 128 * args.sft_steps:
         groups = player.play([rng.getrandbits(32) for _ in range(64)], 1, False, rng, 1.0, Counter())
         paths += [action.path() for group in groups for _, action, *_ in group.steps]
     warm_start(model, rng.sample(paths, len(paths)), args, 128)
-    model.save_pretrained(folder)
+    model.save_pretrained(temporary)
+    temporary.rename(folder)
     return model, tokenizer
-
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """The state after `step` steps, renamed when whole; random states and the place in the data follow from step."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"

@@ -802,8 +802,9 @@ def built_in_model(args, device: torch.device, folder: Path):
     """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
     words = [*RELATIONS, *PEOPLE, *CITIES, *re.findall(r"\w+", f"is the of next done formerly nothing found {HINT}")]
     tags = [tag for name in ("think", "search", "information", "answer") for tag in (f"<{name}>", f"</{name}>")]
-    save_tiny_model(folder, [f" {word}" for word in words] + ["Who", "Where", "\n\n", *tags], args.seed)
-    model, tokenizer = load_model(str(folder), device)
+    temporary = folder.with_suffix(".tmp")  # until it is warm-started
+    save_tiny_model(temporary, [f" {word}" for word in words] + ["Who", "Where", "\n\n", *tags], args.seed)
+    model, tokenizer = load_model(str(temporary), device)
     agent, rng, paths = Agent(model, tokenizer, args, [], []), random.Random(f"{args.seed}/demonstrations"), []
     for _ in range(32 * args.sft_steps):
         question = make_question(rng, args.hops, args.hard, False)
@@ -814,7 +815,8 @@ def built_in_model(args, device: torch.device, folder: Path):
             node.add(agent.observation(found) if found else [])
         paths.append(node.path())
     warm_start(model, paths, args)
-    model.save_pretrained(folder)
+    model.save_pretrained(temporary)
+    temporary.rename(folder)
     return model, tokenizer
 # -------------------------------------------------------------------------------------------------- the training loop
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:

@@ -805,8 +805,9 @@ def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e
 def calculator_model(args, device: torch.device, folder: Path):
     """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
     words = [*OPS, *(f"{op} =" for op in OPS), *map(str, range(11))]  # what decides a line's result is in two tokens
-    save_tiny_model(folder, [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"], args.seed)
-    model, tokenizer = load_model(str(folder), device)
+    temporary = folder.with_suffix(".tmp")  # until it is warm-started
+    save_tiny_model(temporary, [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"], args.seed)
+    model, tokenizer = load_model(str(temporary), device)
     rng, paths = random.Random(f"{args.seed}/demonstrations"), []
     for _ in range(32 * args.sft_steps):
         problem = make_problem(rng, args.ops, False)
@@ -814,7 +815,8 @@ def calculator_model(args, device: torch.device, folder: Path):
         node.add([*encode(tokenizer, demonstration(problem, rng)), tokenizer.eos_token_id], sampled=True)
         paths.append(node.path())
     warm_start(model, paths, args)
-    model.save_pretrained(folder)
+    model.save_pretrained(temporary)
+    temporary.rename(folder)
     return model, tokenizer
 # -------------------------------------------------------------------------------------------------- the training loop
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
