@@ -276,7 +276,7 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
         if self.at != way:
             return f"go {way}"
         return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.6) else action
-# ------------------------------------------------------------------- the token tree, and sampling with shared KV
+# ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
     """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a

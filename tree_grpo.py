@@ -132,7 +132,7 @@ def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.
     for _ in range(L if N else 0):
         play([(question, node, tree) for question, root in groups for tree in range(M) for node in
               rng.choices([root, *(n for n in root.below()[1:] if n.children and n.tree == tree)], k=N)])
-# ------------------------------------------------------------------- the token tree, and sampling with shared KV
+# ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
     """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a

@@ -177,7 +177,7 @@ def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at,
                 starts += [(problem, node.parent, tree) for node in cuts for _ in range(T)]
         if starts:
             play(starts)
-# ------------------------------------------------------------------- the token tree, and sampling with shared KV
+# ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
     """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a
