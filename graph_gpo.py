@@ -8,7 +8,7 @@
     python graph_gpo.py --model Qwen/Qwen2.5-1.5B-Instruct --env envs/alfworld_games.py:ALFWorld    on one GPU
 Advantages: graph_advantages, by goal_distances; of baselines gigpo_advantages, episode_advantages. A world: House.
 Rollouts that share prompts: Player, Lanes, sample. Each token trained on once: Packed, packed_logps. Loss: grpo_loss.
-The loop: train. Left out: several processes, several steps per epoch, learning rate schedules beyond a warm-up."""
+The loop: train. Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
 
 import argparse
 import copy
@@ -63,8 +63,8 @@ class Args:
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (it is 1 unless --epochs is above 1)")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high (as clip_low)")
     kl_coef: float = arg(0.01, "beta, weight of the KL to the starting model (0: no reference model)")
     temperature: float = arg(1.0, "of the draws in training", low=1e-9)
     max_tokens: int | None = arg(None, "most tokens of an answer (default: 512 with --model, 8 without)", low=1)
@@ -90,7 +90,7 @@ def parse_args(cls, argv: list[str]):
     for f in dataclasses.fields(cls):
         kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
         how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
-        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        shown = f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
         parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -279,8 +279,8 @@ bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
 # ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a
-    segment between forks. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
+    """A run of tokens below one parent. A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between
+    forks (TreeRL), a prompt's end or an action (GraphGPO). `kv`, `hidden`: of its forwarded tokens, while in use."""
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
@@ -477,7 +477,7 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
         for b in live:
             new[b] = lanes.grid[b].tokens[-1:]
         counts["forwarded_tokens"] += lanes.forward(new)
-# ----------------------------------------------------------------------- training: one packed row per tree, the loss
+# ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
     """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
     root: Node
@@ -569,7 +569,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
     (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, ValueError unless kl_coef is 0. The stats
-    are sums over sampled tokens, to be added over calls: tokens, clipped (without gradient for the clip), kl (nats)."""
+    are sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
@@ -995,6 +995,6 @@ if __name__ == "__main__":
         sys.exit(2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
-        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
+        sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@
     python tree_grpo.py --model Qwen/Qwen2.5-1.5B --data hotpot.json   a Qwen from the hub on HotpotQA, on one GPU
 Advantages (Eq. 6, 7): tree_advantages. Loss (Eq. 8): grpo_loss. Search: tree_rollout. Branches that share the KV of
 what they have in common: Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. The loop: train.
-Left out: several processes, several steps per epoch, learning rate schedules beyond a warm-up."""
+Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
 
 import argparse
 import copy
@@ -59,8 +59,8 @@ class Args:
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (it is 1 unless --epochs is above 1)")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high (as clip_low)")
     kl_coef: float = arg(0.001, "beta, weight of the KL to the starting model (0: no reference model)")
     temperature: float = arg(1.0, "of the draws in training", low=1e-9)
     top_p: float = arg(1.0, "nucleus of the draws in training", low=1e-9, high=1)
@@ -69,7 +69,7 @@ class Args:
     info_tokens: int = arg(500, "most tokens of an observation", low=16)
     topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
     hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
-    hard: str = arg("anywhere", "where the built-in questions are hard", choices=("anywhere", "late"))
+    hard: str = arg("anywhere", "late: the last built-in fact also names former values", choices=("anywhere", "late"))
     sft_steps: int = arg(250, "supervised steps that warm-start the built-in model")
     eval_prompts: int = arg(200, "held-out questions (of --data a fifth, rounded up, at most)", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
@@ -91,7 +91,7 @@ def parse_args(cls, argv: list[str]):
     for f in dataclasses.fields(cls):
         kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
         how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
-        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        shown = f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
         parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -135,8 +135,8 @@ def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.
 # ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a
-    segment between forks. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
+    """A run of tokens below one parent. A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between
+    forks (TreeRL), a prompt's end or an action (GraphGPO). `kv`, `hidden`: of its forwarded tokens, while in use."""
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
@@ -340,7 +340,7 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
         for b in live:
             new[b] = lanes.grid[b].tokens[-1:]
         counts["forwarded_tokens"] += lanes.forward(new)
-# ----------------------------------------------------------------------- training: one packed row per tree, the loss
+# ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
     """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
     root: Node
@@ -433,7 +433,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
     (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, ValueError unless kl_coef is 0. The stats
-    are sums over sampled tokens, to be added over calls: tokens, clipped (without gradient for the clip), kl (nats)."""
+    are sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
@@ -909,8 +909,8 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), 128):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
+        for i in range(0, len(agent.held_out), n := min(128, 8 * agent.args.prompts)):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
     return {name: n / len(agent.held_out) for name, n in right.items()}
@@ -956,6 +956,8 @@ def main(argv: list[str]) -> None:
     rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
     training = read_questions(args.data) if args.data else []
+    if training and not folder:
+        raise BadInput("--data: the tiny model knows the built-in questions only; give --model as well")
     rng.shuffle(training)
     while len(held_out) < args.eval_prompts and len(training) > 4 * len(held_out):  # a fifth, rounded up
         held_out.append(training.pop())
@@ -991,6 +993,6 @@ if __name__ == "__main__":
         sys.exit(2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
-        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
+        sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,7 @@
     python treerl.py --model Qwen/Qwen2.5-1.5B-Instruct --data gsm8k.jsonl  a Qwen from the hub on GSM8K, on one GPU
 Process rewards: step_rewards. Search: fork_points, eptree. Branches that share the KV of what they have in common:
 Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. Loss: grpo_loss. The loop: train.
-Left out: several processes, several steps per epoch, learning rate schedules beyond a warm-up."""
+Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
 
 import argparse
 import bisect
@@ -48,7 +48,7 @@ def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple |
 class Args:
     model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built and warm-started here)")
     data: str = arg("", "GSM8K, MATH or MATH-500 file (default: built-in problems)")
-    method: str = arg("treerl", "chainrl: M chains; random: forks anywhere", choices=("treerl", "chainrl", "random"))
+    method: str = arg("treerl", "chainrl: M chains, RLOO; random: any forks", choices=("treerl", "chainrl", "random"))
     M: int = arg(6, "independent chains per prompt, each the trunk of a tree", low=1)
     N: int = arg(2, "places forked per tree and round")
     L: int = arg(1, "rounds of forking")
@@ -60,15 +60,15 @@ class Args:
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1.5e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (it is 1 unless --epochs is above 1)")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high (as clip_low)")
     kl_coef: float = arg(0.0, "beta, weight of a KL to the starting model (0: no reference model)")
     temperature: float = arg(1.2, "of the draws in the search", low=1e-9)
     top_p: float = arg(0.95, "nucleus of the draws in the search", low=1e-9, high=1)
     max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --data, else 8 * ops)", low=1)
     ops: int = arg(8, "built-in problems have 5 to this many operations", low=5, high=32)
     sft_steps: int = arg(300, "supervised steps that warm-start the built-in model")
-    eval_only: bool = arg(False, "search for --eval-prompts problems of --data, or built-in ones; no training")
+    eval_only: bool = arg(False, "no training: search --eval-prompts problems (of all --data), pass rate and accuracy")
     eval_prompts: int = arg(200, "held-out problems (of --data a fifth, rounded up, at most)", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
@@ -89,7 +89,7 @@ def parse_args(cls, argv: list[str]):
     for f in dataclasses.fields(cls):
         kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
         how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
-        shown = "" if f.default in (None, "", False) else f" (default: {f.default})"
+        shown = f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
         parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
@@ -166,7 +166,8 @@ def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at,
     """TreeRL's search below each root of `groups`, (problem, root) pairs, all together. M independent chains from each
     root are the trunks of its trees; then L times, in each tree the N most uncertain tokens are drawn afresh T times
     and completed: at most M (1 + N L T) leaves, by L + 1 parallel generations; N = 0 gives chains. play(starts) adds to
-    each (problem, node, tree) a child, Node(node, tree=tree), with tokens and log-probs to the end."""
+    each (problem, node, tree) a child, Node(node, tree=tree), with tokens and log-probs to the end. answer_at(problem,
+    leaf): from which token of the leaf's path after the prompt on there is no fork. choose: as fork_points."""
     play([(problem, root, tree) for problem, root in groups for tree in range(M)])
     for _ in range(L if N else 0):
         starts = []
@@ -180,8 +181,8 @@ def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at,
 # ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent. A root is a prompt; any other node is in Tree-GRPO an agent step, in TreeRL a
-    segment between forks. `kv` and `hidden` cover the tokens that the sampler has forwarded, while it needs them."""
+    """A run of tokens below one parent. A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between
+    forks (TreeRL), a prompt's end or an action (GraphGPO). `kv`, `hidden`: of its forwarded tokens, while in use."""
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
@@ -385,7 +386,7 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
         for b in live:
             new[b] = lanes.grid[b].tokens[-1:]
         counts["forwarded_tokens"] += lanes.forward(new)
-# ----------------------------------------------------------------------- training: one packed row per tree, the loss
+# ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
     """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
     root: Node
@@ -478,7 +479,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
     (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, ValueError unless kl_coef is 0. The stats
-    are sums over sampled tokens, to be added over calls: tokens, clipped (without gradient for the clip), kl (nats)."""
+    are sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
@@ -614,7 +615,7 @@ class Solver:
         for (problem, _, _), node in zip(starts, nodes):
             node.reward = float(node.tokens[-1] in self.eos and is_right(self.answer(problem, node)[1], problem))
     def search(self, problems: list[Problem], rng: random.Random, counts: Counter) -> list[tuple[Problem, Node]]:
-        """A tree for each problem, found by --method: (problem, root) pairs."""
+        """The trees of each problem, found by --method: (problem, root) pairs."""
         args, generator = self.args, torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
         def anywhere(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
             return rng.sample(places := allowed.nonzero().flatten().tolist(), min(n, len(places)))
@@ -644,9 +645,9 @@ class Solver:
         rewards = {i: node.reward for i, node in enumerate(nodes) if not node.children}
         return dict(zip(nodes, step_rewards([at.get(node.parent, -1) for node in nodes], rewards).tolist()))
     def credit(self, step: int, groups) -> list[Sample]:
-        """Some leaves of each tree, at random. Every token of a segment s carries R(s), and each leaf's path is a
-        sequence of its own, so s counts once for each kept leaf below it: with all of them kept its weight is
-        |L(s)| R(s) = sqrt(|L(s)|) (G_A(s) + L_A(s)), over the paths' lengths."""
+        """--keep leaves of each prompt, at random, a right one among them if any. Every token of a segment s carries
+        R(s), and each leaf's path is a sequence of its own, so s counts once for each kept leaf below it: with all
+        kept its weight is |L(s)| R(s) = sqrt(|L(s)|) (G_A(s) + L_A(s)), over the paths' lengths."""
         rng, samples = random.Random(f"{self.args.seed}/{step}/keep"), []
         for _, root in groups:
             leaves, R = root.leaves(), self.process_rewards(root)
@@ -909,8 +910,8 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), 128):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
+        for i in range(0, len(agent.held_out), n := min(128, 8 * agent.args.prompts)):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
     return {name: n / len(agent.held_out) for name, n in right.items()}
@@ -981,7 +982,7 @@ def main(argv: list[str]) -> None:
     if args.eval_only:
         (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
         shown = [f"{k.replace('_', ' '):34}{v:{',' if isinstance(v, int) else '.4f'}}" for k, v in [*row.items()][2:]]
-        return print(*shown, f"in {out / 'metrics.jsonl'}", sep="\n")
+        return print(*shown, f"metrics in {out / 'metrics.jsonl'}", sep="\n")
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))
@@ -994,6 +995,6 @@ if __name__ == "__main__":
         sys.exit(2)
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
-        sys.exit(f"stopped before the step: {error}. The last checkpoint is kept; try {advice}")
+        sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
     except KeyboardInterrupt:
         sys.exit(130)

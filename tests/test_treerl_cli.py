@@ -458,7 +458,7 @@ def assert_searched(result, out, problems):
     assert 0 <= row["accuracy"] <= row["pass_rate"] <= 1 and row["generated_tokens"] > 0
     assert row["pass_rate"] * problems == pytest.approx(round(row["pass_rate"] * problems))  # a number of problems
     *lines, last = result.stdout.splitlines()
-    assert last == f"in {out.name}/metrics.jsonl" or last.startswith("in runs/treerl-")
+    assert last == f"metrics in {out.name}/metrics.jsonl" or last.startswith("metrics in runs/treerl-")
     printed = dict(re.fullmatch(r"(.*\S) +(\S+)", line).groups() for line in lines)
     assert printed.keys() == {name.replace("_", " ") for name in row.keys() - {"event", "step"}}
     for name, value in printed.items():
