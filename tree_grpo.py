@@ -933,7 +933,7 @@ def summary(out: Path, *counted: str) -> str:
              for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy")))
     totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
     return (f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
-            f"{sum(row['seconds'] for row in steps):.0f} s\nmodel in {out / 'final'}")
+            f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}")
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
@@ -956,6 +956,8 @@ def main(argv: list[str]) -> None:
     rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
     training = read_questions(args.data) if args.data else []
+    if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L):
+        raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     if training and not folder:
         raise BadInput("--data: the tiny model knows the built-in questions only; give --model as well")
     rng.shuffle(training)

@@ -934,7 +934,7 @@ def summary(out: Path, *counted: str) -> str:
              for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy")))
     totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
     return (f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
-            f"{sum(row['seconds'] for row in steps):.0f} s\nmodel in {out / 'final'}")
+            f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}")
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)

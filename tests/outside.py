@@ -231,7 +231,7 @@ def assert_summary(out, process, counted):
         f"{before[name]:.3f} -> {after[name]:.3f} {words}"
         for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy")))
     steps = metrics(out, "train")
-    assert second.startswith(f"{len(steps)} steps, ") and re.search(r", \d+ s$", second)
+    assert second.startswith(f"{len(steps)} steps, ") and re.search(r", \d+ s of training$", second)
     for name in counted:
         assert f", {sum(row[name] for row in steps):,} {name.replace('_', ' ')}, " in second
     assert third == f"model in {Path(out.name) / 'final'}"
