@@ -790,7 +790,7 @@ def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, 
         lines += [f'    n{number[state]}["{name}<br>d = {distance[state]:g}"]',
                   f"    style n{number[state]} fill:#{color},color:#000"]
     for i, (before, action, after) in enumerate(shown):
-        A, n = round(sum(edges[shown[i]]) / len(edges[shown[i]]), 2) + 0.0, len(edges[shown[i]])  # + 0.0: no -0.00
+        A, n = round(sum(x := edges[before, action, after]) / len(x), 2) + 0.0, len(x)  # + 0.0: no -0.00
         lines += [f'    n{number[before]} -->|"{text(action)}, {n} x, A = {A:+.2f}"| n{number[after]}',
                   f"    linkStyle {i} stroke:#{'2a2' if A > 0 else 'c22' if A < 0 else '888'}"]
     return "\n".join([*lines, "```", ""])
@@ -804,7 +804,7 @@ def load_env(spec: str):
         module = sys.modules[described.name] = importlib.util.module_from_spec(described)
         described.loader.exec_module(module)
         make = functools.partial(getattr(module, name), *argument)
-        [make().reset(seed=0, options={"held_out": held_out})[1]["task"] for held_out in (True, False)]
+        [env.reset(seed=0, options={"held_out": held_out})[1]["task"] for env in [make()] for held_out in (True, False)]
     except (Exception, SystemExit) as error:  # noqa: BLE001 (what a user's file does may fail in any way)
         raise BadInput(f"--env {spec}: want a world FILE.py:NAME[:ARGUMENT]; {type(error).__name__}: {error}") from None
     return make

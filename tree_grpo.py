@@ -909,8 +909,8 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), n := min(128, 8 * agent.args.prompts)):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
+        for i in range(0, len(agent.held_out), 128):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
     return {name: n / len(agent.held_out) for name, n in right.items()}
@@ -947,6 +947,8 @@ def main(argv: list[str]) -> None:
         torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
+    if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L):
+        raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
@@ -956,8 +958,6 @@ def main(argv: list[str]) -> None:
     rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]
     training = read_questions(args.data) if args.data else []
-    if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L):
-        raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     if training and not folder:
         raise BadInput("--data: the tiny model knows the built-in questions only; give --model as well")
     rng.shuffle(training)

@@ -910,8 +910,8 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), n := min(128, 8 * agent.args.prompts)):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
+        for i in range(0, len(agent.held_out), 128):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
     return {name: n / len(agent.held_out) for name, n in right.items()}

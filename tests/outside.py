@@ -271,7 +271,8 @@ def assert_bfloat16(out):
 def assert_stopped_before_breaking(result, out):
     """A run whose first step left no finite number ended with a line that says so, and with what it had before."""
     assert result.returncode not in (0, 2) and "Traceback" not in result.stderr, result.stderr[-3000:]
-    assert "stopped: " in result.stderr.splitlines()[-1] and "--lr" in result.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("stopped: ") and "What is in the run's folder is kept" in last and "--lr" in last
     assert [row["step"] for row in metrics(out)] == [0, 1]
     assert list(out.glob("checkpoint-*/state.pt")) and not (out / "final").exists()
 

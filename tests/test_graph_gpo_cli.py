@@ -555,7 +555,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning(files, players):
     ("go hall", "go hall"), ("  go   hall \n", "go hall"), ("I think.\ngo hall", "go hall"), ("", ""), ("\n \n", ""),
     ("<action>go hall</action>", "go hall"), ("Well.\n<action> go\n hall </action>\nDone.", "go hall"),
     ("<action>go hall</action> no, <action>open chest</action>", "open chest"), ("<action>go hall", "<action>go hall"),
-    ("go <action></action>", "go <action></action>"), ("go <action>", "go <action>"),
+    ("<action></action>go hall", "<action></action>go hall"), ("go <action>", "go <action>"),
     (f"<action>{NASTY}</action>", " ".join(NASTY.split())),
 ])
 def test_the_action_is_in_its_tags_or_the_last_line(files, players, text, action):
@@ -602,7 +602,7 @@ def test_bad_argument(quick_run, tmp_path, line):
     SCRIPT.assert_refused_and_nothing_written(quick_run, tmp_path, re.split("[ =]", line)[0], line)
 
 @pytest.mark.parametrize("flag, line", [
-    ("--model", "--model {files}/short"), ("--model", "--model {files}/qwen3 --max-tokens 2048"),
+    ("--model", "--model {files}/short"), ("--max-tokens", "--model {files}/qwen3 --max-tokens 2048"),
     ("--K", "--resume {runs}/good --K 5"), ("--method", "--resume {runs}/good --method gigpo"),
     ("--env", "--resume {runs}/good --env my.py:World"), ("--omega", "--resume {runs}/good --omega 0.2"),
     ("--tasks", "--resume {runs}/good --tasks 4"), ("--penalty-in-return", "--resume {runs}/good --penalty-in-return"),

@@ -492,7 +492,7 @@ def test_bad_argument(quick_run, tmp_path, line):
     ("--data", "--data {files}/missing.json"), ("--data", "--data {files}/empty.json"), ("--data", "--data {files}"),
     ("--data", "--data {files}/cut.json --model {files}/qwen3"), ("--data", "--data {files}/foreign.jsonl"),
     ("--data", "--data {files}/qwen3/model.safetensors"), ("--data", "--data {files}/one.jsonl"),
-    ("--model", "--model {files}/short --data {files}/hotpot.json"),
+    ("--model", "--model {files}/short --data {files}/hotpot.json"), ("--model", "--data {files}/hotpot.json"),
     ("--kl-coef", "--resume {runs}/good --steps 9 --kl-coef 0"), *BAD_FOLDERS,
 ])
 def test_bad_file_or_folder(quick_run, files, runs, tmp_path, flag, line):
