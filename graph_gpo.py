@@ -524,7 +524,7 @@ class Packed:
             queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
             keys = torch.tensor(padded([path for _, path in bucket]), device=device)
             visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
-            self.buckets.append((queries, keys, visible))
+            self.buckets.append((queries.flatten(), keys.flatten(), visible))
         self.inverse = self.inverse.to(device)
         self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
         self.read = torch.tensor([parent[t] for t in read], device=device)
@@ -541,13 +541,13 @@ class Packed:
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
             self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
         out = []
-        for (queries, keys, _), mask in zip(self.buckets, self.masks):
-            n, width = queries.shape
-            folded = q[queries].view(n, width, h, H // h, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
-            ks, vs = k[keys].transpose(1, 2), v[keys].transpose(1, 2)
+        for (queries, keys, visible), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
+            n, width, P = visible.shape
+            folded = q.index_select(0, queries).view(n, width, h, -1, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
+            ks, vs = (x.index_select(0, keys).view(n, P, h, D).transpose(1, 2) for x in (k, v))
             o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
             out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
-        return torch.cat(out)[self.inverse][None]
+        return torch.cat(out).index_select(0, self.inverse)[None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
     """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), by one forward over unique tokens.
@@ -557,7 +557,7 @@ def packed_logps(model, packed: Packed) -> Tensor:
     def logps(hidden, target):
         return -F.cross_entropy(full_precision(model.lm_head(hidden)), target, reduction="none")
     rows = max(1, 2**26 // model.config.vocab_size)
-    chunks = list(zip(hidden[0, packed.read].split(rows), packed.target.split(rows)))
+    chunks = list(zip(hidden[0].index_select(0, packed.read).split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
         return logps(*chunks[0])
     return torch.cat([torch.utils.checkpoint.checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
@@ -606,12 +606,12 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
                 logps, loss = packed_logps(model, packed), 0.0
                 if epoch == 0:  # no step taken yet, so these are the old policy's
                     old.append(logps.detach())
-                    with torch.no_grad():
-                        ref.append(packed_logps(reference, packed) if reference else None)
+                    ref.append(packed_logps(reference, packed).detach() if reference else None)
                     sums.update(gap=float((old[i] - packed.sampler_logps).abs().sum()), drawn=len(logps))
             for item, (index, mask) in zip(batch, packed.paths):
                 A = torch.nn.utils.rnn.pad_sequence([a.reshape(-1) for a in item.advantages], True).to(logps.device)
-                part, stats = grpo_loss(logps[index], old[i][index], ref[i][index] if reference else None, A, mask,
+                logp = logps.index_select(0, index.flatten()).view_as(index)
+                part, stats = grpo_loss(logp, old[i][index], ref[i][index] if reference else None, A, mask,
                                         args.clip_low, args.clip_high, args.kl_coef)
                 loss = loss + part * item.weight
                 sums.update({name: float(value) for name, value in stats.items()})

@@ -405,6 +405,24 @@ def test_chunked_head_gives_the_same_gradients(monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one_grads, other_grads))
 
 
+def test_a_step_is_the_same_again_with_several_threads():
+    # The prompt's tokens add up the gradients of all leaves: by x[index] threads do that in whatever order they come.
+    model, _ = tiny_qwen("qwen2")
+    rng, root, after = random.Random(4), Node(), []
+    root.add(rng.choices(range(2, 50), k=40))
+    for _ in range(600):
+        Node(root).add(rng.choices(range(2, 50), k=5), True, [-1.0] * 5)
+    samples = [Sample(root, root.leaves(), list(torch.randn(600)), 1 / 600)]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    for _ in range(5):
+        trained(copied := copy.deepcopy(model), samples)
+        after.append([p.detach() for p in copied.parameters()])
+    torch.set_num_threads(threads)
+    assert not torch.equal(after[0][0], model.model.embed_tokens.weight)
+    assert all(torch.equal(a, b) for other in after[1:] for a, b in zip(after[0], other))
+
+
 def trained(model, samples, reference=None, **how):
     args = SimpleNamespace(**{"kl_coef": 0.0, "micro_tokens": 10**6, "epochs": 1, "dtype": "float32", "clip_low": 0.2,
                               "clip_high": 0.2, **how})
