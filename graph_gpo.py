@@ -472,10 +472,8 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
                 going.append(b)
         if not going:
             return
-        live = lanes.shrink(going)
-        new = [[] for _ in lanes.grid]
-        for b in live:
-            new[b] = lanes.grid[b].tokens[-1:]
+        alive = set(live := lanes.shrink(going))
+        new = [node.tokens[-1:] if b in alive else [] for b, node in enumerate(lanes.grid)]
         counts["forwarded_tokens"] += lanes.forward(new)
 # ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
@@ -524,15 +522,14 @@ class Packed:
             queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
             keys = torch.tensor(padded([path for _, path in bucket]), device=device)
             visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
-            self.buckets.append((queries.flatten(), keys.flatten(), visible))
+            self.buckets.append((queries, keys, visible))
         self.inverse = self.inverse.to(device)
         self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
         self.read = torch.tensor([parent[t] for t in read], device=device)
         self.sampler_logps = torch.tensor(logps, device=device)
         self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
-        for item in samples:
-            rows = padded([[i for node in leaf.path() for i in index[node]] for leaf in item.leaves], -1)
-            rows = torch.tensor(rows, device=device)
+        for _, leaves, _, _ in samples:
+            rows = torch.tensor(padded([[i for n in leaf.path() for i in index[n]] for leaf in leaves], -1)).to(device)
             self.paths.append((rows.clamp(min=0), rows >= 0))
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
@@ -541,12 +538,12 @@ class Packed:
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
             self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
         out = []
-        for (queries, keys, visible), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
-            n, width, P = visible.shape
-            folded = q.index_select(0, queries).view(n, width, h, -1, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
-            ks, vs = (x.index_select(0, keys).view(n, P, h, D).transpose(1, 2) for x in (k, v))
+        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
+            (n, width), P = queries.shape, keys.shape[1]
+            folded = q.index_select(0, queries.flatten()).view(n, width, h, -1, D).movedim(1, 3).reshape(n, h, -1, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(n, P, h, D).transpose(1, 2) for x in (k, v))
             o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
-            out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
+            out.append(o.view(n, h, H // h, width, D).movedim(3, 1).reshape(n * width, H, D))
         return torch.cat(out).index_select(0, self.inverse)[None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
@@ -625,8 +622,8 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.zero_grad()
     model.eval()
     tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
-            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / drawn}
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if reference else None, "grad_norm": sums["norm"],
+            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn}
 # ----------------------------------------------------------------------------------- rollouts in a world, their credit
 @dataclass
 class Group:
@@ -840,8 +837,9 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e-3) -> None:
-    """Supervised steps, each on n demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
+    """Supervised steps on all demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+    n = len(paths) // max(1, args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
@@ -855,7 +853,7 @@ def tiny_model(args, make_env, device: torch.device, folder: Path):
     while len(paths) < 128 * args.sft_steps:
         groups = player.play([rng.getrandbits(32) for _ in range(64)], 1, False, rng, 1.0, Counter())
         paths += [action.path() for group in groups for _, action, *_ in group.steps]
-    warm_start(model, rng.sample(paths, len(paths)), args, 128)
+    warm_start(model, rng.sample(paths, 128 * args.sft_steps), args)
     model.save_pretrained(temporary)
     temporary.rename(folder)
     return model, tokenizer
@@ -911,8 +909,10 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if not read_metrics(out):
         measure(0)
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    def interrupted(*_) -> None:
+        sys.exit(130) if interrupts else interrupts.append(bar.set_description("last step"))
+    before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -932,8 +932,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         if last or interrupts or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
         if interrupts and not last:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
+            tqdm.write(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, before)
     if read_metrics(out)[-1]["event"] == "train":
@@ -985,7 +984,7 @@ def main(argv: list[str]) -> None:
         parameter.data = parameter.data.to(torch.bfloat16)
     p = Player(policy, tokenizer, args, make_env)
     train(args, state, model, policy, reference, tokenizer, p.rollout, p.credit, p.evaluate, p.picture)
-    print(summary(out, "env_steps", "generated_tokens", "forwarded_tokens"))
+    print(summary(out, "generated_tokens", "forwarded_tokens", "env_steps"))
 
 if __name__ == "__main__":
     try:

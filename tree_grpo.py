@@ -65,13 +65,14 @@ class Args:
     temperature: float = arg(1.0, "of the draws in training", low=1e-9)
     top_p: float = arg(1.0, "nucleus of the draws in training", low=1e-9, high=1)
     max_turns: int = arg(4, "agent steps per path, the answer included", low=1)
-    turn_tokens: int | None = arg(None, "most tokens the policy writes in a turn (default: 500; built-in: 32)", low=1)
+    turn_tokens: int | None = arg(None, "most tokens drawn in a turn (default: 500 with --model, 32 without)", low=1)
     info_tokens: int = arg(500, "most tokens of an observation", low=16)
     topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
     hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
     hard: str = arg("anywhere", "late: the last built-in fact also names former values", choices=("anywhere", "late"))
     sft_steps: int = arg(250, "supervised steps that warm-start the built-in model")
     eval_prompts: int = arg(200, "held-out questions (of --data a fifth, rounded up, at most)", low=1)
+    eval_batch: int = arg(128, "held-out questions answered together: fewer need less memory", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
     micro_tokens: int = arg(16384, "most tokens per forward and backward (a prompt's tree is never split)", low=1)
@@ -335,10 +336,8 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
                 going.append(b)
         if not going:
             return
-        live = lanes.shrink(going)
-        new = [[] for _ in lanes.grid]
-        for b in live:
-            new[b] = lanes.grid[b].tokens[-1:]
+        alive = set(live := lanes.shrink(going))
+        new = [node.tokens[-1:] if b in alive else [] for b, node in enumerate(lanes.grid)]
         counts["forwarded_tokens"] += lanes.forward(new)
 # ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
@@ -387,15 +386,14 @@ class Packed:
             queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
             keys = torch.tensor(padded([path for _, path in bucket]), device=device)
             visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
-            self.buckets.append((queries.flatten(), keys.flatten(), visible))
+            self.buckets.append((queries, keys, visible))
         self.inverse = self.inverse.to(device)
         self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
         self.read = torch.tensor([parent[t] for t in read], device=device)
         self.sampler_logps = torch.tensor(logps, device=device)
         self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
-        for item in samples:
-            rows = padded([[i for node in leaf.path() for i in index[node]] for leaf in item.leaves], -1)
-            rows = torch.tensor(rows, device=device)
+        for _, leaves, _, _ in samples:
+            rows = torch.tensor(padded([[i for n in leaf.path() for i in index[n]] for leaf in leaves], -1)).to(device)
             self.paths.append((rows.clamp(min=0), rows >= 0))
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
@@ -404,12 +402,12 @@ class Packed:
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
             self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
         out = []
-        for (queries, keys, visible), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
-            n, width, P = visible.shape
-            folded = q.index_select(0, queries).view(n, width, h, -1, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
-            ks, vs = (x.index_select(0, keys).view(n, P, h, D).transpose(1, 2) for x in (k, v))
+        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
+            (n, width), P = queries.shape, keys.shape[1]
+            folded = q.index_select(0, queries.flatten()).view(n, width, h, -1, D).movedim(1, 3).reshape(n, h, -1, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(n, P, h, D).transpose(1, 2) for x in (k, v))
             o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
-            out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
+            out.append(o.view(n, h, H // h, width, D).movedim(3, 1).reshape(n * width, H, D))
         return torch.cat(out).index_select(0, self.inverse)[None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
@@ -491,8 +489,8 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.zero_grad()
     model.eval()
     tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
-            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / drawn}
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if reference else None, "grad_norm": sums["norm"],
+            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn}
 # ---------------------------------------------------------------------------------------- the agent and its search tool
 class BM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over passages, pairs of title and text; words in lower case."""
@@ -790,8 +788,9 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e-3) -> None:
-    """Supervised steps, each on n demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
+    """Supervised steps on all demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+    n = len(paths) // max(1, args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
@@ -806,7 +805,7 @@ def built_in_model(args, device: torch.device, folder: Path):
     save_tiny_model(temporary, [f" {word}" for word in words] + ["Who", "Where", "\n\n", *tags], args.seed)
     model, tokenizer = load_model(str(temporary), device)
     agent, rng, paths = Agent(model, tokenizer, args, [], []), random.Random(f"{args.seed}/demonstrations"), []
-    for _ in range(32 * args.sft_steps):
+    for _ in range(32 * args.sft_steps):  # 32 for each step
         question = make_question(rng, args.hops, args.hard, False)
         node = agent.root(question)
         for text, found in demonstrate(question, args.hard, rng):
@@ -874,8 +873,10 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if not read_metrics(out):
         measure(0)
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    def interrupted(*_) -> None:
+        sys.exit(130) if interrupts else interrupts.append(bar.set_description("last step"))
+    before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -895,8 +896,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         if last or interrupts or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
         if interrupts and not last:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
+            tqdm.write(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, before)
     if read_metrics(out)[-1]["event"] == "train":
@@ -909,11 +909,11 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), 128):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
+        for i in range(0, len(agent.held_out), n := agent.args.eval_batch):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-    return {name: n / len(agent.held_out) for name, n in right.items()}
+    return {name: solved / len(agent.held_out) for name, solved in right.items()}
 
 def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]) -> str:
     """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
@@ -953,7 +953,7 @@ def main(argv: list[str]) -> None:
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.topk = args.topk or (3 if args.data else 1)
-    args.turn_tokens = args.turn_tokens or (500 if args.data else 32)
+    args.turn_tokens = args.turn_tokens or (500 if args.model else 32)
     out = Path(args.out)
     rng = random.Random(0)  # the same held-out questions for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_question(rng, args.hops, args.hard, True) for _ in range(args.eval_prompts)]

@@ -65,11 +65,12 @@ class Args:
     kl_coef: float = arg(0.0, "beta, weight of a KL to the starting model (0: no reference model)")
     temperature: float = arg(1.2, "of the draws in the search", low=1e-9)
     top_p: float = arg(0.95, "nucleus of the draws in the search", low=1e-9, high=1)
-    max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --data, else 8 * ops)", low=1)
+    max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --model, else 8 * ops)", low=1)
     ops: int = arg(8, "built-in problems have 5 to this many operations", low=5, high=32)
     sft_steps: int = arg(300, "supervised steps that warm-start the built-in model")
     eval_only: bool = arg(False, "no training: search --eval-prompts problems (of all --data), pass rate and accuracy")
     eval_prompts: int = arg(200, "held-out problems (of --data a fifth, rounded up, at most)", low=1)
+    eval_batch: int = arg(128, "held-out problems solved together: fewer need less memory", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
     save_every: int = arg(10, "steps between checkpoints", low=1)
     micro_tokens: int = arg(16384, "most tokens per forward and backward (a prompt's tree is never split)", low=1)
@@ -381,10 +382,8 @@ def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
                 going.append(b)
         if not going:
             return
-        live = lanes.shrink(going)
-        new = [[] for _ in lanes.grid]
-        for b in live:
-            new[b] = lanes.grid[b].tokens[-1:]
+        alive = set(live := lanes.shrink(going))
+        new = [node.tokens[-1:] if b in alive else [] for b, node in enumerate(lanes.grid)]
         counts["forwarded_tokens"] += lanes.forward(new)
 # ----------------------------------------------------------------------- training: trees packed into one row, the loss
 class Sample(NamedTuple):
@@ -433,15 +432,14 @@ class Packed:
             queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
             keys = torch.tensor(padded([path for _, path in bucket]), device=device)
             visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
-            self.buckets.append((queries.flatten(), keys.flatten(), visible))
+            self.buckets.append((queries, keys, visible))
         self.inverse = self.inverse.to(device)
         self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
         self.read = torch.tensor([parent[t] for t in read], device=device)
         self.sampler_logps = torch.tensor(logps, device=device)
         self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
-        for item in samples:
-            rows = padded([[i for node in leaf.path() for i in index[node]] for leaf in item.leaves], -1)
-            rows = torch.tensor(rows, device=device)
+        for _, leaves, _, _ in samples:
+            rows = torch.tensor(padded([[i for n in leaf.path() for i in index[n]] for leaf in leaves], -1)).to(device)
             self.paths.append((rows.clamp(min=0), rows >= 0))
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
@@ -450,12 +448,12 @@ class Packed:
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
             self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
         out = []
-        for (queries, keys, visible), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
-            n, width, P = visible.shape
-            folded = q.index_select(0, queries).view(n, width, h, -1, D).permute(0, 2, 3, 1, 4).reshape(n, h, -1, D)
-            ks, vs = (x.index_select(0, keys).view(n, P, h, D).transpose(1, 2) for x in (k, v))
+        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
+            (n, width), P = queries.shape, keys.shape[1]
+            folded = q.index_select(0, queries.flatten()).view(n, width, h, -1, D).movedim(1, 3).reshape(n, h, -1, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(n, P, h, D).transpose(1, 2) for x in (k, v))
             o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
-            out.append(o.view(n, h, H // h, width, D).permute(0, 3, 1, 2, 4).reshape(n * width, H, D))
+            out.append(o.view(n, h, H // h, width, D).movedim(3, 1).reshape(n * width, H, D))
         return torch.cat(out).index_select(0, self.inverse)[None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
@@ -537,8 +535,8 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.zero_grad()
     model.eval()
     tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens, "clip_fraction": sums["clipped"] / tokens,
-            "grad_norm": sums["norm"], "sampler_gap": sums["gap"] / drawn}
+    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if reference else None, "grad_norm": sums["norm"],
+            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn}
 # ------------------------------------------------------------------------------------ problems, solutions, models
 REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.\n\n"
 NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
@@ -795,8 +793,9 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-def warm_start(model, paths: list[list[Node]], args, n: int = 32, lr: float = 3e-3) -> None:
-    """Supervised steps, each on n demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
+    """Supervised steps on all demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+    n = len(paths) // max(1, args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
         optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
@@ -810,7 +809,7 @@ def calculator_model(args, device: torch.device, folder: Path):
     save_tiny_model(temporary, [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"], args.seed)
     model, tokenizer = load_model(str(temporary), device)
     rng, paths = random.Random(f"{args.seed}/demonstrations"), []
-    for _ in range(32 * args.sft_steps):
+    for _ in range(32 * args.sft_steps):  # 32 for each step
         problem = make_problem(rng, args.ops, False)
         node = Node(prompt_root(model, tokenizer, problem.text))
         node.add([*encode(tokenizer, demonstration(problem, rng)), tokenizer.eos_token_id], sampled=True)
@@ -875,8 +874,10 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if not read_metrics(out):
         measure(0)
-    before = signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupts else interrupts.append(1))
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    def interrupted(*_) -> None:
+        sys.exit(130) if interrupts else interrupts.append(bar.set_description("last step"))
+    before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
@@ -896,8 +897,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         if last or interrupts or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
         if interrupts and not last:
-            bar.close()
-            print(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
+            tqdm.write(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
             raise SystemExit(130)
     signal.signal(signal.SIGINT, before)
     if read_metrics(out)[-1]["event"] == "train":
@@ -910,11 +910,11 @@ def held_out_success(agent) -> dict[str, float]:
     right = Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), 128):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + 128]]
+        for i in range(0, len(agent.held_out), n := agent.args.eval_batch):
+            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-    return {name: n / len(agent.held_out) for name, n in right.items()}
+    return {name: solved / len(agent.held_out) for name, solved in right.items()}
 
 def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]) -> str:
     """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
@@ -949,7 +949,7 @@ def main(argv: list[str]) -> None:
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1.5e-6 if args.model else 5e-4)
-    args.max_tokens = args.max_tokens or (8192 if args.data else 8 * args.ops)
+    args.max_tokens = args.max_tokens or (8192 if args.model else 8 * args.ops)
     out = Path(args.out)
     rng = random.Random(0)  # the same held-out problems for every seed; new built-in ones to train on at every step
     held_out = [] if args.data else [make_problem(rng, args.ops, True) for _ in range(args.eval_prompts)]

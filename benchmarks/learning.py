@@ -110,7 +110,7 @@ def set_up(told: dict, seed: int, folder: str):
     tree_grpo.Agent, tree_grpo.update = Agent, timed_update
     told = {name: value for name, value in told.items() if name not in ("repeat", "budget", "counted")}
     args = tree_grpo.Args(seed=seed, topk=1, turn_tokens=32, dtype="float32", device="cpu", **told)
-    common = flags({**told, "model": f"{folder}/start", "seed": seed, "device": "cpu"})
+    common = flags({**told, "model": f"{folder}/start", "turn_tokens": 32, "seed": seed, "device": "cpu"})
     return *tree_grpo.built_in_model(args, torch.device("cpu"), Path(folder, "start")), args, common
 
 def run_seed(job: tuple) -> None:

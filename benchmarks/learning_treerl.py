@@ -60,8 +60,8 @@ def run_seed(job: tuple[int, list[str]]) -> None:
             contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
         args = treerl.Args(seed=seed, dtype="float32", max_tokens=64, device="cpu")
         treerl.calculator_model(args, torch.device("cpu"), Path(folder, "start"))
-        common = flags({"model": f"{folder}/start", "lr": 5e-4, "seed": seed, "device": "cpu", "eval_every": EVERY,
-                        "save_every": 10**6})
+        common = flags({"model": f"{folder}/start", "lr": 5e-4, "max_tokens": 64, "seed": seed, "device": "cpu",
+                        "eval_every": EVERY, "save_every": 10**6})
         for arm in missing:
             began, (told, updates) = time.perf_counter(), ARMS[arm]
             treerl.main([*told.split(), *common, f"--steps={updates}", "--out", f"{folder}/{arm}"])

@@ -114,7 +114,7 @@ class Script:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in errors
-        assert "stopped after step" in errors and "--resume out" in errors  # what happened and what to do next
+        assert "last step: " in errors and "stopped after step" in errors and "--resume out" in errors  # what happened and what to do next
         (checkpoint,) = out.glob("checkpoint-*")
         steps = [row["step"] for row in metrics(out, "train")]
         assert steps[-1] in (2, 3, 4) and checkpoint.name == f"checkpoint-{steps[-1]:06d}"
@@ -217,7 +217,7 @@ def assert_small_run(rows, last, keys):
     evals, steps = ([row for row in rows if row["event"] == event] for event in ("eval", "train"))
     assert [row["step"] for row in steps] == list(range(1, last + 1))
     assert all(keys <= set(row) for row in steps)
-    assert all(math.isfinite(value) for row in rows for name, value in row.items() if name != "event")
+    assert all(math.isfinite(value) for row in rows for name, value in row.items() if name != "event"), rows
     assert [row["step"] for row in evals] == [0, last]
     assert all({"event", "step", "success", "greedy_success"} <= set(row) for row in evals)
     assert all(0 <= row["success"] <= 1 and 0 <= row["greedy_success"] <= 1 for row in evals)
@@ -262,6 +262,13 @@ def assert_same_first_step(quick_run, folder, whole, *arguments):
     assert step.keys() == was.keys()
     for name in step.keys() - {"event", "seconds"}:
         assert step[name] == pytest.approx(was[name], rel=1e-4, abs=1e-7), name
+
+def assert_limits(result, out, **expected):
+    """The run was with these arguments, as its checkpoint says."""
+    assert result.returncode == 0, result.stderr[-3000:]
+    (state,) = out.glob("checkpoint-*/state.pt")
+    args = torch.load(state, weights_only=True)["args"]
+    assert {name: args[name] for name in expected} == expected
 
 def assert_bfloat16(out):
     """The run's forward passes were in bfloat16, its weights were not."""

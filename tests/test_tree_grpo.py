@@ -479,6 +479,22 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows():
     assert trained(model, samples, reference, kl_coef=0.1)["kl"] > 1e-9
 
 
+def test_held_out_tasks_are_played_so_many_at_once():
+    held_out, played = ["right", "wrong", "right", "wrong", "right"], []
+
+    def play(starts, generator, temperature, top_p, counts):
+        played.append((temperature, len(starts)))
+        for task, root, _ in starts:
+            Node(root).reward = float(task == "right" or temperature == 0)
+
+    for most, sizes in ((2, [2, 2, 1]), (5, [5]), (128, [5])):
+        agent = SimpleNamespace(model=SimpleNamespace(device="cpu"), args=SimpleNamespace(eval_batch=most), play=play,
+                                held_out=held_out, root=lambda task: Node())
+        played.clear()
+        assert tree_grpo.held_out_success(agent) == {"success": 3 / 5, "greedy_success": 1}
+        assert played == [(temperature, size) for temperature in (1.0, 0.0) for size in sizes]
+
+
 def test_an_infinite_loss_stops_before_the_step():
     model, _, samples = batch_of()
     before = [p.detach().clone() for p in model.parameters()]

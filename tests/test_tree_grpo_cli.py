@@ -21,6 +21,7 @@ from outside import (
     assert_bfloat16,
     assert_broken_record_is_refused_with_its_line,
     assert_chains,
+    assert_limits,
     assert_cut_line_is_refused,
     assert_cut_list_is_refused,
     assert_empty_file_is_refused,
@@ -437,10 +438,14 @@ def test_chains_in_bfloat16_on_the_late_task_without_a_reference(quick_run, tmp_
     (out,) = (tmp_path / "runs").iterdir()  # where a run goes without --out
     assert out.name.startswith("tree_grpo-")
     steps = metrics(out, "train")
-    assert [row["kl"] for row in steps] == [0, 0] and any(row["grad_norm"] > 0 for row in steps)
+    assert [row["kl"] for row in steps] == [None, None] and any(row["grad_norm"] > 0 for row in steps)
     assert_bfloat16(out)
     _, edges, leaves = draw(out)
     assert_chains(edges, leaves, 3)
+
+def test_limits_of_a_model_that_is_given(quick_run, whole, tmp_path):
+    arguments = ["--steps", "0", "--eval-prompts", "2", "--model", whole[0] / "start", "--out", "out"]
+    assert_limits(quick_run(tmp_path, *arguments), tmp_path / "out", lr=1e-6, turn_tokens=500, topk=1)
 
 def test_a_qwen3_with_a_chat_template_on_hotpotqa(files, tmp_path):
     arguments = ["--model", files / "qwen3", "--data", files / "hotpot.json", "--steps", 1, "--prompts", 2,

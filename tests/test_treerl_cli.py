@@ -20,6 +20,7 @@ from outside import (
     assert_bfloat16,
     assert_broken_record_is_refused_with_its_line,
     assert_chains,
+    assert_limits,
     assert_cut_line_is_refused,
     assert_cut_list_is_refused,
     assert_empty_file_is_refused,
@@ -405,7 +406,7 @@ def test_chains_in_bfloat16_without_a_reference(quick_run, whole, tmp_path):
     (out,) = (tmp_path / "runs").iterdir()  # where a run goes without --out
     assert out.name.startswith("treerl-")
     steps = metrics(out, "train")
-    assert [row["kl"] for row in steps] == [0, 0] and any(row["grad_norm"] > 0 for row in steps)
+    assert [row["kl"] for row in steps] == [None, None] and any(row["grad_norm"] > 0 for row in steps)
     assert_bfloat16(out)
     _, edges, leaves = draw(out)
     assert_chains(edges, leaves, 6)
@@ -447,6 +448,10 @@ def test_no_steps(quick_run, whole, tmp_path):
     result = quick_run(tmp_path, *SMALL, "--steps", "0", "--model", whole[0] / "start", "--out", "out")
     assert result.returncode == 0 and "0 steps, 0 generated tokens" in result.stdout
     assert [(row["event"], row["step"]) for row in metrics(tmp_path / "out")] == [("eval", 0)]
+
+def test_limits_of_a_model_that_is_given(quick_run, whole, tmp_path):
+    arguments = ["--steps", "0", "--eval-prompts", "2", "--model", whole[0] / "start", "--out", "out"]
+    assert_limits(quick_run(tmp_path, *arguments), tmp_path / "out", lr=1.5e-6, max_tokens=8192)
 
 def assert_searched(result, out, problems):
     """A run with --eval-only left one row and printed what is in it, and neither trained nor saved anything."""
