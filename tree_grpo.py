@@ -70,7 +70,7 @@ class Args:
     topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
     hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
     hard: str = arg("anywhere", "late: the last built-in fact also names former values", choices=("anywhere", "late"))
-    sft_steps: int = arg(250, "supervised steps that warm-start the built-in model")
+    sft_steps: int = arg(250, "supervised steps that warm-start the tiny model")
     eval_prompts: int = arg(200, "held-out questions (of --data a fifth, rounded up, at most)", low=1)
     eval_batch: int = arg(128, "held-out questions answered together: fewer need less memory", low=1)
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
