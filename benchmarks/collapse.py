@@ -15,8 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import tree_grpo
 from learning import table
+
+import tree_grpo
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {"lr 5e-4, seed 0": [], **{f"lr 6e-3, seed {seed}": ["--lr=0.006", f"--seed={seed}"] for seed in (0, 1, 2)}}

@@ -114,7 +114,8 @@ class Script:
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in errors
-        assert "last step: " in errors and "stopped after step" in errors and "--resume out" in errors  # what happened and what to do next
+        # what happens, what happened, and what to do next
+        assert "last step: " in errors and "stopped after step" in errors and "--resume out" in errors
         (checkpoint,) = out.glob("checkpoint-*")
         steps = [row["step"] for row in metrics(out, "train")]
         assert steps[-1] in (2, 3, 4) and checkpoint.name == f"checkpoint-{steps[-1]:06d}"
