@@ -890,8 +890,7 @@ def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
 def train(args, state: dict | None, model, policy, reference, tokenizer, rollout, credit, evaluate, picture) -> None:
     """The loop of all three scripts; what a method does in its own way comes in as functions: rollout(step) -> (groups,
     what to log), credit(step, groups) -> samples for the loss, evaluate() -> what to log, picture(groups, samples) ->
-    (file name, Mermaid). `policy` samples: `model` itself, or its copy in bfloat16. `state` is a checkpoint's, or None
-    for a new run. Ctrl-C finishes the step, saves and exits; a second one exits at once."""
+    (file name, Mermaid). `policy` samples: `model`, or its copy in bfloat16. state: a checkpoint's; None: a new run."""
     out, first, interrupts = Path(args.out), state["step"] if state else 0, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
@@ -910,7 +909,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     if not read_metrics(out):
         measure(0)
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
-    def interrupted(*_) -> None:
+    def interrupted(*_) -> None:  # by Ctrl-C: finish the step, save and exit; by a second one: exit at once
         sys.exit(130) if interrupts else interrupts.append(bar.set_description("last step"))
     before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
@@ -976,8 +975,9 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
     if not folder:
         model, tokenizer = tiny_model(args, make_env, device, out / "start")
-    if args.grad_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if args.grad_checkpointing:  # newer versions of transformers call it activation checkpointing
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
     policy = model if args.dtype == "float32" else copy.deepcopy(model)
     for parameter in policy.parameters() if policy is not model else ():  # not the buffers: RoPE needs float32

@@ -362,7 +362,8 @@ def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture,
         return logps.detach() + 0.2 * torch.sin(9 * logps.detach()), 0.9 * logps.detach()
 
     if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()
     packed = Packed(samples, "cpu")
     unique = {node for item in samples for leaf in item.leaves for node in leaf.path()}
