@@ -21,6 +21,9 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUD
 NASTY = 'Who wrote "A <b>|C|</b>"; #1 & [x] {y} `z` \\ --> (and\nwhy)?'  # what means something in Mermaid or Markdown
 TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
             "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+NAMED = re.findall(r"^\|([^|]*)\|", README.partition("| column |")[2].partition("\n\n")[0], re.MULTILINE)
+COLUMNS = {name for cell in NAMED for name in re.findall(r"`(\w+)`", cell)} | {"event", "step"}  # of metrics.jsonl
 EMPTY = [b"", b"\n \n", b"[]", b"[\n]\n", b"\xef\xbb\xbf"]  # data files without any record
 FOREIGN = {  # data files that are for no script
     "dict": '{"version": "1.1", "data": []}', "numbers": "[1, 2, 3]", "number": "7", "word": '"question"',
@@ -217,7 +220,7 @@ def assert_small_run(rows, last, keys):
     """The metrics of a run of `last` steps evaluated before and after, with `keys` in the rows of its steps."""
     evals, steps = ([row for row in rows if row["event"] == event] for event in ("eval", "train"))
     assert [row["step"] for row in steps] == list(range(1, last + 1))
-    assert all(keys <= set(row) for row in steps)
+    assert all(keys <= set(row) for row in steps) and set().union(*rows) <= COLUMNS
     assert all(math.isfinite(value) for row in rows for name, value in row.items() if name != "event"), rows
     assert [row["step"] for row in evals] == [0, last]
     assert all({"event", "step", "success", "greedy_success"} <= set(row) for row in evals)

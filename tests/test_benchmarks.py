@@ -26,7 +26,7 @@ import search
 
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
 # by the first column: tables that are not of measured figures
-OTHER_TABLES = ("script", "part", "leaf", "segment", "rollout", "state", "what", "equation", "paper")
+OTHER_TABLES = ("script", "part", "leaf", "segment", "rollout", "state", "what", "equation", "paper", "column")
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
 
 
