@@ -397,16 +397,16 @@ class Packed:
             self.paths.append((rows.clamp(min=0), rows >= 0))
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
-        H, D, h = q.shape[1], q.shape[3], k.shape[1]
-        q, k, v = (x[0].transpose(0, 1).to(v.dtype) for x in (q, k, v))
+        H, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
         if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
-            self.masks = [q.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
+            self.masks = [v.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
+        q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # in which their gradients are summed
         out = []
-        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum gradients in any order
+        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum them in any order
             (n, width), P = queries.shape, keys.shape[1]
             folded = q.index_select(0, queries.flatten()).view(n, width, h, -1, D).movedim(1, 3).reshape(n, h, -1, D)
             ks, vs = (x.index_select(0, keys.flatten()).view(n, P, h, D).transpose(1, 2) for x in (k, v))
-            o = F.scaled_dot_product_attention(folded, ks, vs, mask, scale=scaling)
+            o = F.scaled_dot_product_attention(folded.to(dtype), ks.to(dtype), vs.to(dtype), mask, scale=scaling)
             out.append(o.view(n, h, H // h, width, D).movedim(3, 1).reshape(n * width, H, D))
         return torch.cat(out).index_select(0, self.inverse)[None]
 
