@@ -17,6 +17,7 @@ import treerl
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import collapse
 import default_run
 import graph
 import learning
@@ -55,6 +56,10 @@ def test_cited_tables_are_in_the_results():
 @pytest.mark.parametrize("experiment", learning.EXPERIMENTS)
 def test_learning_tables_follow_from_the_runs(experiment):
     assert learning.tables(experiment) in (ROOT / "benchmarks" / "results" / "learning.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_collapses_follows_from_the_runs():
+    assert collapse.report() in (ROOT / "benchmarks" / "results" / "collapse.md").read_text(encoding="utf-8")
 
 
 def test_interval():
