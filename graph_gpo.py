@@ -55,7 +55,7 @@ class Args:
     invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
     penalty_in_return: bool = arg(False, "take it before the z-scores instead, as the authors' code does")
     merge_similarity: float = arg(1.0, "states whose keys are at least so alike are one (authors' code: 0.95)", high=1)
-    dynamic_sampling: int = arg(0, "how often tasks whose returns are all equal are replaced by others")
+    dynamic_sampling: int = arg(0, "times per step that tasks whose returns are all equal are replaced")
     max_steps: int = arg(25, "environment steps per rollout", low=1)
     history: int = arg(0, "earlier observations and actions in a prompt")
     steps: int = arg(60, "training steps")
@@ -136,7 +136,8 @@ def per_group(groups: list):
     """A function (values (n,), how) -> for each value "sum", "mean", "amin" or "amax" of its group's values, (n,)."""
     number = {}
     index = torch.tensor([number.setdefault(group, len(number)) for group in groups])
-    return lambda x, how: x.new_zeros(len(number)).scatter_reduce(0, index, x, how, include_self=False)[index]
+    return lambda x, how: x.new_zeros(len(number)).scatter_reduce(
+        0, index.to(x.device), x, how, include_self=False)[index.to(x.device)]
 def z_scores(values: Tensor, groups: list) -> Tensor:
     """z-score (unbiased std, no epsilon) of each value among those of its group, (n,) in float64; 0 for a lone one, and
     where a group's values span no more than rounding does: 1e-9 of the largest."""
@@ -148,8 +149,8 @@ def z_scores(values: Tensor, groups: list) -> Tensor:
 def graph_advantages(transitions: list[Transition], omega: float = 0.1, penalties: Tensor | None = None) -> Tensor:
     """A_G of each transition of one task's group: z-score of R_G(s, a, s') = 10 omega^(d(s') + cost) among all that
     leave s, whatever became of their rollouts (GraphGPO). The scale cancels, so steps far from the goal get their full
-    credit; all 0 without any success. Returns (len(transitions),), float64. ValueError as in goal_distances, and for
-    omega outside (0, 1). `penalties`, of that shape, are taken from R_G, as in the authors' code: on its own scale."""
+    credit. Returns (len(transitions),), float64. ValueError as in goal_distances, and for omega outside (0, 1). All 0
+    without any success, unless there are `penalties`, of that shape: as in the authors' code taken from R_G."""
     if not 0 < omega < 1:
         raise ValueError(f"want 0 < omega < 1, got {omega}")
     distances, states = goal_distances(transitions), [t.state for t in transitions]

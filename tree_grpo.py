@@ -68,7 +68,7 @@ class Args:
     turn_tokens: int | None = arg(None, "most tokens drawn in a turn (default: 500 with --model, 32 without)", low=1)
     info_tokens: int = arg(500, "most tokens of an observation", low=16)
     topk: int | None = arg(None, "passages per search (default: 3 with --data, 1 without)", low=1)
-    hops: int = arg(3, "built-in questions have 2 to this many hops", low=2, high=4)
+    hops: int = arg(3, "built-in questions have 2 to this many hops (4 need --max-turns 5)", low=2, high=4)
     hard: str = arg("anywhere", "late: the last built-in fact also names former values", choices=("anywhere", "late"))
     sft_steps: int = arg(250, "supervised steps that warm-start the tiny model")
     eval_prompts: int = arg(200, "held-out questions (of --data a fifth, rounded up, at most)", low=1)
@@ -946,7 +946,7 @@ def main(argv: list[str]) -> None:
         torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
-    if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L):
+    if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L or args.K == 1):
         raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"

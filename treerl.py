@@ -56,7 +56,7 @@ class Args:
     keep: int = arg(16, "leaves per prompt trained on, at random, a right one among them if there is any", low=1)
     steps: int = arg(60, "training steps")
     prompts: int = arg(16, "prompts per step", low=1)
-    at_once: int = arg(64, "prompts that are searched together: fewer need less memory and more time", low=1)
+    at_once: int = arg(64, "most of --prompts that are searched together: fewer need less memory, more time", low=1)
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1.5e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
@@ -104,7 +104,7 @@ def step_rewards(parents: Sequence[int], leaf_rewards: Mapping[int, float]) -> T
     L(s) are the leaves at or below s, V(s) the mean of their rewards, G_A(s) = V(s) - V(root), L_A(s) = V(s) - V(parent
     of s). Node 0 is the root, that is the prompt, and gets 0. parents: (nodes,), each node's parent, which comes before
     it, -1 for the root; leaf_rewards: reward of each node without children. Returns (nodes,) in float64. Raises
-    ValueError for another tree, a leaf without reward, a reward elsewhere, or one that is not finite."""
+    ValueError for parents that are no such tree, a leaf without reward, a reward elsewhere or not finite."""
     if not len(parents) or parents[0] != -1 or not all(0 <= p < i for i, p in enumerate(parents) if i):
         raise ValueError(f"want a root with parent -1, then nodes whose parents come before them, got {parents}")
     leaves = set(range(len(parents))).difference(parents)

@@ -1,4 +1,4 @@
-"""The default run of a script over several seeds, beside two controls that get the same wall time.
+"""The default run of a script over several seeds, beside a control of its wall time and one of its steps.
 
     python benchmarks/default_run.py tree_grpo --seeds 0 1 2 3 4
     python benchmarks/default_run.py treerl

@@ -487,6 +487,7 @@ def test_a_run_stopped_by_ctrl_c_saves_and_can_be_resumed(quick_run, whole, tmp_
 OWN_BAD_ARGUMENTS = re.split(r"\||\n\s*", """
     --method ppo|--advantage none|--hard never|--K 0|--max-turns 0|--turn-tokens 0|--topk 0|--hops 1|--hops 5
     --search-url http://127.0.0.1:8000/retrieve|--advantage intra --method grpo|--advantage intra --L 0
+    --advantage intra --K 1
 """.strip())
 
 @pytest.mark.parametrize("line", BAD_ARGUMENTS + OWN_BAD_ARGUMENTS)
