@@ -103,8 +103,9 @@ def tables() -> str:
             learned.append([world, method, str(len(rows)), f"{before:.3f}", interval(list(map(score, rows))), *ends,
                             *(f"{mean[name]:,.0f}" for name in ("env_steps", "forwarded_tokens")),
                             *(f"{mean[name]:.1f}" for name in ("rollout_cpu", "update_cpu"))])
-            shares.append([world, method, *(f"{statistics.mean(row[name][i] for row in rows):.1%}"
-                                            for name in reversed(EVALUATED[2:]) for i in (0, -1))])
+            found = ([row[name][i] for row in rows if row[name][i] is not None]
+                     for name in reversed(EVALUATED[2:]) for i in (0, -1))
+            shares.append([world, method, *(f"{statistics.mean(values):.1%}" for values in found)])
         for one, other in itertools.combinations(METHODS, 2) if runs else ():
             line = [world, f"{one} − {other}"]
             for value in (score, functools.partial(score, name="greedy_success"), lambda row: row["success"][-1]):

@@ -53,6 +53,23 @@ def test_cited_tables_are_in_the_results():
     assert cited > 20
 
 
+def anchors(path: Path) -> set[str]:
+    """Those that GitHub gives to a page's headings: lower case, no punctuation, a hyphen for each space."""
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    heads = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        if not target.startswith("http"):
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), f"{page.name} links {target}"
+            assert not anchor or anchor in anchors(there), f"{page.name} links {target}"
+
+
 @pytest.mark.parametrize("experiment", learning.EXPERIMENTS)
 def test_learning_tables_follow_from_the_runs(experiment):
     assert learning.tables(experiment) in (ROOT / "benchmarks" / "results" / "learning.md").read_text(encoding="utf-8")
