@@ -905,10 +905,10 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
 
 def held_out_success(agent) -> dict[str, float]:
     """Share of the held-out tasks that are solved by one chain each, at temperature 1 and greedily."""
-    right = Counter()
+    right, n = Counter(), agent.args.eval_batch
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), n := agent.args.eval_batch):
+        for i in range(0, len(agent.held_out), n):
             starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
