@@ -156,7 +156,7 @@ def test_a_record_with_a_field_of_no_use(tmp_path, broken):
     message = refusal(path)
     assert f"{path}, line 2: " in message and "GSM8K" in message and "MATH" in message
 
-def test_a_record_with_an_empty_box_is_left_out(tmp_path):
+def test_a_record_with_an_empty_box_is_left_out(math_verify, tmp_path):
     path = tmp_path / "data.jsonl"  # the published training set has such
     path.write_text(lines([math(), math(solution="It is $\\boxed{}$."), math()]))
     assert len(read_problems(str(path))) == 2
