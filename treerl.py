@@ -457,9 +457,9 @@ class Packed:
         return torch.cat(out).index_select(0, self.inverse)[None]
 
 def packed_logps(model, packed: Packed) -> Tensor:
-    """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), by one forward over unique tokens.
-    The head runs only where a sampled token is predicted, in chunks that the backward pass computes again, so that
-    (tokens x vocabulary) logits never exist at once."""
+    """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), by one forward over unique tokens, in
+    the order of packing: packed.paths tells where each leaf's are. The head runs only where one of them is predicted,
+    in chunks that the backward pass computes again, so that (tokens x vocabulary) logits never exist at once."""
     hidden = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=packed).last_hidden_state
     def logps(hidden, target):
         return -F.cross_entropy(full_precision(model.lm_head(hidden)), target, reduction="none")
@@ -508,7 +508,7 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
         samples = [item for item in samples if any(a.any() for a in item.advantages)]
     batches = [(batch, Packed(batch, model.device)) for batch in micro_batches(samples, args.micro_tokens)]
-    old, ref, sums = [], [], Counter()
+    old, ref, sums = [], [], Counter(loss=0.0, norm=0.0)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
     for epoch in range(args.epochs if batches else 0):
         for i, (batch, packed) in enumerate(batches):
@@ -536,7 +536,7 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
     model.eval()
     tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
     return {"loss": sums["loss"], "kl": sums["kl"] / tokens if reference else None, "grad_norm": sums["norm"],
-            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn}
+            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn if batches else None}
 # ------------------------------------------------------------------------------------ problems, solutions, models
 REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.\n\n"
 NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
@@ -735,7 +735,7 @@ def read_records(path: str, parse, wanted: str) -> list:
             raise json.JSONDecodeError("the list is not closed", text, end)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON's own is a ValueError
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
-        raise BadInput(f"--data {path}, line {line}: want a record of {wanted}") from None
+        raise BadInput(f"--data {path}, line {line}: this is no whole JSON record of {wanted}") from None
     if len(found) < 2:
         raise BadInput(f"--data {path}: {len(found)} records of use; give two or more, to train on and to hold out")
     return found
@@ -841,8 +841,7 @@ def resume_run(args, given: set[str]):
         raise BadInput(f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder") from None
     if script != Path(__file__).name:
         raise BadInput(f"--resume {args.resume}: this is a run of {script}; continue it with that script")
-    run = {**saved, "out": args.resume, "resume": args.resume}
-    run.update({name: getattr(args, name) for name in given & {"steps", "device"}})
+    run = saved | {"out": args.resume, "resume": args.resume} | {n: vars(args)[n] for n in given & {"steps", "device"}}
     if differs := [name for name in sorted(given) if getattr(args, name) != run[name]]:
         raise BadInput(f"--{differs[0].replace('_', '-')}: this run was started with {run[differs[0]]!r}; leave it out")
     return type(args)(**run), str(folder), state
@@ -875,7 +874,7 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         measure(0)
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     def interrupted(*_) -> None:  # by Ctrl-C: finish the step, save and exit; by a second one: exit at once
-        sys.exit(130) if interrupts else interrupts.append(bar.set_description("last step"))
+        signal.default_int_handler(*_) if interrupts else interrupts.append(bar.set_description("stopping"))
     before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
         began = time.perf_counter()
@@ -896,8 +895,8 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
         if last or interrupts or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
         if interrupts and not last:
-            tqdm.write(f"stopped after step {step + 1}; go on with --resume {out}", file=sys.stderr)
-            raise SystemExit(130)
+            bar.close()
+            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     signal.signal(signal.SIGINT, before)
     if read_metrics(out)[-1]["event"] == "train":
         measure(max(first, args.steps))
@@ -919,7 +918,7 @@ def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[
     """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
     lines = ["```mermaid", "flowchart TD"]
     for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
-        text = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' else c for c in " ".join(text.split())[:160])
+        text = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in " ".join(text.split())[:160])
         color = "fff" if value is None else "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
         lines += [f'    n{i}["{text}{note and "<br>" + note}"]', f"    style n{i} fill:#{color},color:#000"]
         trunk = f"|tree {node.tree + 1}|" * (node.parent is nodes[0])
@@ -965,7 +964,7 @@ def main(argv: list[str]) -> None:
             solver.root(problem)  # raises BadInput if a prompt does not fit
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not state and any(out.iterdir()):
+        if not state and any(path.name != "start.tmp" for path in out.iterdir()):  # which a stopped warm start leaves
             raise FileExistsError(0, "is not empty")
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
@@ -996,5 +995,6 @@ if __name__ == "__main__":
     except (FloatingPointError, torch.OutOfMemoryError) as error:
         advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
         sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        print(str(stop) or "stopped; a run with a checkpoint goes on with --resume, others begin anew", file=sys.stderr)
         sys.exit(130)

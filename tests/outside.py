@@ -118,7 +118,8 @@ class Script:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130 and "Traceback" not in errors
         # what happens, what happened, and what to do next
-        assert "last step: " in errors and "stopped after step" in errors and "--resume out" in errors
+        last = errors.splitlines()[-1]
+        assert "stopping: " in errors and last.startswith("stopped after step") and "--resume out" in last
         (checkpoint,) = out.glob("checkpoint-*")
         steps = [row["step"] for row in metrics(out, "train")]
         assert steps[-1] in (2, 3, 4) and checkpoint.name == f"checkpoint-{steps[-1]:06d}"

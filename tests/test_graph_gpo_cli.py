@@ -13,6 +13,7 @@ from outside import (
     BAD_ARGUMENTS,
     BAD_FOLDERS,
     NASTY,
+    README,
     Script,
     assert_bfloat16,
     assert_loads_as_qwen3,
@@ -496,6 +497,15 @@ def test_a_qwen3_with_a_chat_template_in_a_world_of_ones_own(quick_run, files, w
                      for kind in (True, False))
         assert not won or not lost or min(won) > max(lost)
     assert_loads_as_qwen3(tmp_path / "out" / "final")
+
+def test_the_world_of_the_readme(quick_run, tmp_path):
+    world, = re.findall(r"```python\n(import random\n\nclass Line:.*?)```", README, re.DOTALL)
+    command, = re.findall(r"`python graph_gpo.py (--env line.py:Line .*?)`", README)
+    (tmp_path / "line.py").write_text(world)
+    result = quick_run(tmp_path, *command.split(), "--out", "out")
+    assert result.returncode == 0, result.stderr[-3000:]
+    before, after = metrics(tmp_path / "out", "eval")
+    assert after["success"] > before["success"] + 0.2
 
 def test_sokoban_warm_starts_the_tiny_model(quick_run, tmp_path):
     told = ["--env", ENVS / "sokoban.py:Sokoban", "--sft-steps", "4", "--K", "4", "--tasks", "2", "--eval-tasks", "2",

@@ -18,6 +18,7 @@ from conftest import (
     tiny_qwen,
 )
 
+import graph_gpo
 import tree_grpo
 from tree_grpo import (
     Lanes,
@@ -478,6 +479,13 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows():
     reference, _, _ = batch_of()
     assert trained(model, samples, reference, kl_coef=0.1)["kl"] == pytest.approx(0, abs=1e-12)
     assert trained(model, samples, reference, kl_coef=0.1)["kl"] > 1e-9
+
+
+def test_pictures_have_no_control_characters():  # with them git and editors would take the file for a binary one
+    words = "".join(map(chr, range(40)))
+    drawn = tree_grpo.mermaid([Node()], [words], [""], [None])
+    graph = graph_gpo.graph_mermaid(words, [graph_gpo.Transition(words, words, graph_gpo.SUCCESS, 0)], torch.zeros(1))
+    assert all(c >= " " for c in (drawn + graph).replace("\n", "")) and "#0;" in drawn and "#0;" in graph
 
 
 def test_held_out_tasks_are_played_so_many_at_once():

@@ -4,6 +4,7 @@ import functools
 import json
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -481,6 +482,20 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(whole, tmp_path):
 
 def test_a_run_stopped_by_ctrl_c_saves_and_can_be_resumed(quick_run, whole, tmp_path):
     SCRIPT.assert_resumes_after_ctrl_c(quick_run, tmp_path, whole[0], *SMALL, *FIVE)
+
+
+def test_a_run_stopped_in_its_warm_start_begins_anew_with_the_same_command(quick_run, tmp_path):
+    arguments = [*SMALL, "--sft-steps", "60", "--steps", "0", "--out", "out"]
+    process = SCRIPT.begin(tmp_path, *arguments)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out" / "start.tmp" / "tokenizer.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors and errors.splitlines()[-1].startswith("stopped; ")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["start.tmp"]
+    assert quick_run(tmp_path, *arguments).returncode == 0
+    assert not (tmp_path / "out" / "start.tmp").exists() and (tmp_path / "out" / "final").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
