@@ -438,7 +438,7 @@ class Packed:
         self.read = torch.tensor([parent[t] for t in read], device=device)
         self.sampler_logps = torch.tensor(logps, device=device)
         self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
-        for _, leaves, _, _ in samples:
+        for leaves in (item.leaves for item in samples):
             rows = torch.tensor(padded([[i for n in leaf.path() for i in index[n]] for leaf in leaves], -1)).to(device)
             self.paths.append((rows.clamp(min=0), rows >= 0))
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -502,9 +502,9 @@ def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
         batches[-1].append(item)
     return batches
 
-def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float]:
-    """One GRPO step per epoch on a batch. Returns loss, kl, clip_fraction, grad_norm and sampler_gap, the mean distance
-    of the sampler's log-probs from the trainer's. Raises FloatingPointError before a step that would break weights."""
+def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float | None]:
+    """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction, grad_norm, sampler_gap,
+    the sampler's log-probs against the trainer's (None: no step). FloatingPointError before a step breaks weights."""
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
         samples = [item for item in samples if any(a.any() for a in item.advantages)]
     batches = [(batch, Packed(batch, model.device)) for batch in micro_batches(samples, args.micro_tokens)]
@@ -842,8 +842,8 @@ def resume_run(args, given: set[str]):
     if script != Path(__file__).name:
         raise BadInput(f"--resume {args.resume}: this is a run of {script}; continue it with that script")
     run = saved | {"out": args.resume, "resume": args.resume} | {n: vars(args)[n] for n in given & {"steps", "device"}}
-    if differs := [name for name in sorted(given) if getattr(args, name) != run[name]]:
-        raise BadInput(f"--{differs[0].replace('_', '-')}: this run was started with {run[differs[0]]!r}; leave it out")
+    if differs := [name for name in sorted(given) if getattr(args, name) != run.get(name)]:
+        raise BadInput(f"--{differs[0].replace('_', '-')}: this run began with {run.get(differs[0])!r}; leave it out")
     return type(args)(**run), str(folder), state
 
 def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
@@ -964,7 +964,7 @@ def main(argv: list[str]) -> None:
             solver.root(problem)  # raises BadInput if a prompt does not fit
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if not state and any(path.name != "start.tmp" for path in out.iterdir()):  # which a stopped warm start leaves
+        if not state and any(out.iterdir()):
             raise FileExistsError(0, "is not empty")
     except OSError as error:
         raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
@@ -996,5 +996,5 @@ if __name__ == "__main__":
         advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
         sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; a run with a checkpoint goes on with --resume, others begin anew", file=sys.stderr)
+        print(str(stop) or "stopped; with a checkpoint --resume it, else begin anew in another folder", file=sys.stderr)
         sys.exit(130)

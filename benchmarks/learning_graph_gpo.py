@@ -105,7 +105,7 @@ def tables() -> str:
                             *(f"{mean[name]:.1f}" for name in ("rollout_cpu", "update_cpu"))])
             found = ([row[name][i] for row in rows if row[name][i] is not None]
                      for name in reversed(EVALUATED[2:]) for i in (0, -1))
-            shares.append([world, method, *(f"{statistics.mean(values):.1%}" for values in found)])
+            shares.append([world, method, *(f"{statistics.mean(values):.1%}" if values else "" for values in found)])
         for one, other in itertools.combinations(METHODS, 2) if runs else ():
             line = [world, f"{one} − {other}"]
             for value in (score, functools.partial(score, name="greedy_success"), lambda row: row["success"][-1]):

@@ -12,6 +12,7 @@ import torch
 from outside import (
     BAD_ARGUMENTS,
     BAD_FOLDERS,
+    COLUMNS,
     NASTY,
     README,
     Script,
@@ -224,6 +225,7 @@ def test_built_in_run_leaves_its_metrics(whole):
     assert all(row[name] is None or 0 <= row[name] <= 1 for row in evals for name in FIGURE_1)
     for row in evals:  # these shares are there as soon as there is a rollout to count them in
         assert (row["waste_in_successful"] is None) == (row["success"] == 0)
+    assert set().union(*rows) <= COLUMNS
     finite = [{name: value for name, value in row.items() if name not in FIGURE_1} for row in rows]
     assert_small_run(finite, 5, KEYS)
     assert all(row.keys() == KEYS for row in steps)

@@ -407,20 +407,32 @@ def test_chunked_head_gives_the_same_gradients(monkeypatch):
     assert all(torch.allclose(a, b, atol=1e-9) for a, b in zip(one_grads, other_grads))
 
 
+def test_gradients_of_shared_tokens_are_summed_in_a_fixed_order():
+    # A prompt's tokens add up the gradients of all leaves. By x[index] threads would do that in whatever order.
+    model, _ = tiny_qwen("qwen2")
+    root = Node(None, [2, 3, 4], [False] * 3, [0.0] * 3)
+    leaves = [Node(root, [5, 6], [True] * 2, [-1.0] * 2) for _ in range(3)]
+    waiting = [packed_logps(model, Packed([Sample(root, leaves, [], 1.0)], "cpu")).sum().grad_fn]
+    for step in waiting:  # it grows on the way
+        waiting += [before for before, _ in step.next_functions if before and before not in waiting]
+    names = Counter(step.name() for step in waiting)
+    assert names["IndexSelectBackward0"] > 0 and names["IndexBackward0"] == names["IndexPutBackward0"] == 0
+
+
 def test_a_step_is_the_same_again_with_several_threads():
-    # The prompt's tokens add up the gradients of all leaves: by x[index] threads do that in whatever order they come.
     model, _ = tiny_qwen("qwen2")
     rng, root, after = random.Random(4), Node(), []
     root.add(rng.choices(range(2, 50), k=40))
     for _ in range(600):
         Node(root).add(rng.choices(range(2, 50), k=5), True, [-1.0] * 5)
-    samples = [Sample(root, root.leaves(), list(torch.randn(600)), 1 / 600)]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    for _ in range(5):
-        trained(copied := copy.deepcopy(model), samples)
-        after.append([p.detach() for p in copied.parameters()])
-    torch.set_num_threads(threads)
+    samples, threads = [Sample(root, root.leaves(), list(torch.randn(600)), 1 / 600)], torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for _ in range(3):
+            trained(copied := copy.deepcopy(model), samples)
+            after.append([p.detach() for p in copied.parameters()])
+    finally:
+        torch.set_num_threads(threads)
     assert not torch.equal(after[0][0], model.model.embed_tokens.weight)
     assert all(torch.equal(a, b) for other in after[1:] for a, b in zip(after[0], other))
 

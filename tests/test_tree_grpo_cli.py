@@ -38,6 +38,7 @@ from outside import (
     lines,
     metrics,
     snapshot,
+    wait_for_step,
 )
 
 import tree_grpo
@@ -484,18 +485,28 @@ def test_a_run_stopped_by_ctrl_c_saves_and_can_be_resumed(quick_run, whole, tmp_
     SCRIPT.assert_resumes_after_ctrl_c(quick_run, tmp_path, whole[0], *SMALL, *FIVE)
 
 
-def test_a_run_stopped_in_its_warm_start_begins_anew_with_the_same_command(quick_run, tmp_path):
-    arguments = [*SMALL, "--sft-steps", "60", "--steps", "0", "--out", "out"]
-    process = SCRIPT.begin(tmp_path, *arguments)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "start.tmp" / "tokenizer.json").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+def test_a_run_stopped_in_its_warm_start_says_what_to_do(quick_run, tmp_path):
+    process = SCRIPT.begin(tmp_path, *SMALL, "--sft-steps", "5000", "--out", "out")
+    while "warm start" not in (text := process.stderr.read(20)):  # "" at its end
+        assert text, "it ended before"
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
+    last = errors.splitlines()[-1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert last.startswith("stopped; ") and "another folder" in last
+    SCRIPT.assert_refused(quick_run(tmp_path, *SMALL, "--out", "out"), "--out")
+    SCRIPT.assert_refused(quick_run(tmp_path, "--resume", "out"), "--resume")
+
+def test_ctrl_c_twice(tmp_path):
+    arguments = [*SMALL, "--prompts", "80", "--save-every", "100", "--steps", "9", "--out", "out"]  # no step is short
+    process = SCRIPT.begin(tmp_path, *arguments)
+    wait_for_step(process, tmp_path / "out", 1)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.1)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors and errors.splitlines()[-1].startswith("stopped; ")
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["start.tmp"]
-    assert quick_run(tmp_path, *arguments).returncode == 0
-    assert not (tmp_path / "out" / "start.tmp").exists() and (tmp_path / "out" / "final").exists()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint*")] == ["checkpoint-000000"]
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
