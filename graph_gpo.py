@@ -909,8 +909,8 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     if not read_metrics(out):
         measure(0)
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
-    def interrupted(*_) -> None:  # by Ctrl-C: finish the step, save and exit; by a second one: exit at once
-        signal.default_int_handler(*_) if interrupts else interrupts.append(bar.set_description("stopping"))
+    def interrupted(*signalled) -> None:  # by Ctrl-C: finish the step, save and exit; by a second one: exit at once
+        signal.default_int_handler(*signalled) if interrupts else interrupts.append(bar.set_description("stopping"))
     before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
         began = time.perf_counter()

@@ -6,36 +6,30 @@ Each run of results/collapse.jsonl is kept: to repeat them, move that file away 
 results/collapse.md and draws results/collapse.png.
 """
 
-import contextlib
-import io
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from learning import table
+import default_run
+from learning import RESULTS, read_rows, table
 
 import tree_grpo
 
-RESULTS = Path(__file__).parent / "results"
 RUNS = {"lr 5e-4, seed 0": [], **{f"lr 6e-3, seed {seed}": ["--lr=0.006", f"--seed={seed}"] for seed in (0, 1, 2)}}
 COLUMNS = {"success": "success in training", "entropy": "entropy", "kl": "KL", "grad_norm": "gradient norm"}
 SHOWN = (1, 5, 10, 15, 20, 30, 60)
 
 def run(name: str) -> dict:
     """Name, each of COLUMNS over the steps, and held-out success at T = 1 (pairs of step and share)."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        tree_grpo.main([*RUNS[name], "--eval-every=10", "--device=cpu", f"--out={folder}/run"])
-        rows = tree_grpo.read_metrics(Path(folder, "run"))
+    rows, _ = default_run.run(tree_grpo, *RUNS[name], "--eval-every", 10, "--device", "cpu")
     steps = [row for row in rows if row["event"] == "train"]
     return {"run": name, **{column: [round(row[column], 4) for row in steps] for column in COLUMNS},
             "held_out": [(row["step"], row["success"]) for row in rows if row["event"] == "eval"]}
 
 def read_results() -> dict[str, dict]:
-    path = RESULTS / "collapse.jsonl"
-    return {row["run"]: row for row in map(json.loads, path.read_text().splitlines() if path.exists() else ())}
+    return {row["run"]: row for row in read_rows("collapse.jsonl")}
 
 def report() -> str:
     """The runs at the steps SHOWN."""

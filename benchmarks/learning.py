@@ -137,11 +137,15 @@ def run_seed(job: tuple) -> None:
                 file.write(json.dumps(result) + "\n")
 
 # ------------------------------------------------------------------------------------------------------------- reports
+def read_rows(name: str) -> list[dict]:
+    """The lines of results/<name>, none if it is not there."""
+    path = RESULTS / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
 def read_results() -> dict[tuple, dict[int, dict]]:
     """(experiment, setting, arm) -> seed -> result."""
-    found, path = {}, RESULTS / "learning.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    found = {}
+    for row in read_rows("learning.jsonl"):
         found.setdefault((row["experiment"], row["setting"], row["arm"]), {})[row["seed"]] = row
     return found
 

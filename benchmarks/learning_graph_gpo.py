@@ -28,11 +28,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import Budgeted, flags, half_width, in_processes, interval, table, timed_update
+from learning import RESULTS, Budgeted, flags, half_width, in_processes, interval, read_rows, table, timed_update
 
 import graph_gpo
 
-RESULTS = Path(__file__).resolve().parent / "results"
 METHODS = ("graph_gpo", "gigpo", "grpo")
 WORLDS = {  # world -> --env, environment steps per update, updates, updates between evaluations, flags, starts, seeds
     "house": ("", 1250, 40, 8, {}, (0, 1), 8),
@@ -76,8 +75,7 @@ def run_seeds(job: tuple) -> None:
 # ------------------------------------------------------------------------------------------------------------- reports
 def read_results() -> dict[tuple, dict]:
     """(world, start, seed, method) -> result."""
-    path = RESULTS / "learning_graph_gpo.jsonl"
-    rows = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    rows = read_rows("learning_graph_gpo.jsonl")
     return {(row["world"], row["start"], row["seed"], row["method"]): row for row in rows}
 
 def whole_pairs(world: str) -> list[dict[str, dict]]:

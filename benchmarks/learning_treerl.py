@@ -31,11 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import Budgeted, flags, half_width, in_processes, interval, table, timed_update
+from learning import RESULTS, Budgeted, flags, half_width, in_processes, interval, read_rows, table, timed_update
 
 import treerl
 
-RESULTS = Path(__file__).resolve().parent / "results"
 BUDGET, UPDATES, EVERY = 4000, 48, 6
 ARMS = {  # arm -> (its flags, number of updates)
     "6,2,1,2": ("--M=6 --N=2 --L=1 --T=2", UPDATES),
@@ -80,9 +79,8 @@ def run_seed(job: tuple[int, list[str]]) -> None:
 # ------------------------------------------------------------------------------------------------------------- reports
 def read_results() -> dict[str, dict[int, dict]]:
     """arm -> seed -> result."""
-    found, path = {arm: {} for arm in ARMS}, RESULTS / "learning_treerl.jsonl"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        row = json.loads(line)
+    found = {arm: {} for arm in ARMS}
+    for row in read_rows("learning_treerl.jsonl"):
         found[row["arm"]][row["seed"]] = row
     return found
 

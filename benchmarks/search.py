@@ -32,11 +32,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import table
+from learning import RESULTS, table
 
 import treerl
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = ((1, 2, 1, 2), (2, 2, 1, 2), (2, 2, 2, 2), (6, 2, 1, 2))  # M, N, L, T: 5, 10, 18 and 30 leaves
 CHAINS, BATCH = 40, 50
 

@@ -222,7 +222,7 @@ def assert_small_run(rows, last, keys):
     evals, steps = ([row for row in rows if row["event"] == event] for event in ("eval", "train"))
     assert [row["step"] for row in steps] == list(range(1, last + 1))
     assert all(keys <= set(row) for row in steps) and set().union(*rows) <= COLUMNS
-    assert all(math.isfinite(value) for row in rows for name, value in row.items() if name != "event"), rows
+    assert all(math.isfinite(value) for row in rows for name, value in row.items() if name != "event")
     assert [row["step"] for row in evals] == [0, last]
     assert all({"event", "step", "success", "greedy_success"} <= set(row) for row in evals)
     assert all(0 <= row["success"] <= 1 and 0 <= row["greedy_success"] <= 1 for row in evals)

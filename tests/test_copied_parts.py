@@ -8,12 +8,11 @@ import importlib.util
 import re
 import sys
 import types
-from pathlib import Path
 
 import pytest
+from outside import README
 from test_shared_text import SCRIPTS, definitions
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 OWN = {"play", "answer_at"}  # the reader's
 TABLE = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \|[^|]*\|([^|]*)\|$", README, re.MULTILINE)
 ROWS = {tuple(re.findall(r"`(\w+)`", parts)): set(re.findall(r"`(\w+)`", along)) - OWN for parts, along in TABLE}

@@ -484,7 +484,6 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(whole, tmp_path):
 def test_a_run_stopped_by_ctrl_c_saves_and_can_be_resumed(quick_run, whole, tmp_path):
     SCRIPT.assert_resumes_after_ctrl_c(quick_run, tmp_path, whole[0], *SMALL, *FIVE)
 
-
 def test_a_run_stopped_in_its_warm_start_says_what_to_do(quick_run, tmp_path):
     process = SCRIPT.begin(tmp_path, *SMALL, "--sft-steps", "5000", "--out", "out")
     while "warm start" not in (text := process.stderr.read(20)):  # "" at its end
