@@ -20,6 +20,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import shutil
 import signal
@@ -54,7 +55,7 @@ class Args:
     beta_episode: float = arg(1.0, "weight of the episode term, A_E")
     invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
     penalty_in_return: bool = arg(False, "take it before the z-scores instead, as the authors' code does")
-    merge_similarity: float = arg(1.0, "states whose keys are at least so alike are one (authors' code: 0.95)", high=1)
+    merge_similarity: float = arg(1.0, "states at least so alike are merged (1: none)", high=1)
     dynamic_sampling: int = arg(0, "times per step that tasks whose returns are all equal are replaced")
     max_steps: int = arg(25, "environment steps per rollout", low=1)
     history: int = arg(0, "earlier observations and actions in a prompt")
@@ -146,25 +147,29 @@ def z_scores(values: Tensor, groups: list) -> Tensor:
     x = x - among(x, "mean")
     std = (among(x * x, "sum") / (among(torch.ones_like(x), "sum") - 1)).sqrt()
     return torch.where(among(x, "amax") - among(x, "amin") <= 1e-9, 0, x / std)
-def graph_advantages(transitions: list[Transition], omega: float = 0.1, penalties: Tensor | None = None) -> Tensor:
+def graph_advantages(transitions: list[Transition], omega: float = 0.1,
+                     penalties: Tensor | None = None, similarity: float = 1.0) -> Tensor:
     """A_G of each transition of one task's group: z-score of R_G(s, a, s') = 10 omega^(d(s') + cost) among all that
     leave s, whatever became of their rollouts (GraphGPO). The scale cancels, so steps far from the goal get their full
     credit. Returns (len(transitions),), float64. ValueError as in goal_distances, and for omega outside (0, 1). All 0
-    without any success, unless there are `penalties`, of that shape: as in the authors' code taken from R_G."""
+    without any success, unless there are `penalties`, of that shape: as in the authors' code taken
+    from R_G. similarity: below 1 the distances are those of merge_states, an option there."""
     if not 0 < omega < 1:
         raise ValueError(f"want 0 < omega < 1, got {omega}")
-    distances, states = goal_distances(transitions), [t.state for t in transitions]
-    ahead = torch.tensor([distances[t.next_state] + t.cost for t in transitions], dtype=torch.float64)
+    merged, states = merge_states(transitions, similarity), [t.state for t in transitions]
+    distances = goal_distances(merged)
+    ahead = torch.tensor([distances[t.next_state] + t.cost for t in merged], dtype=torch.float64)
     if penalties is not None:
         return z_scores(10 * omega**ahead - penalties, states)
     if not any(t.next_state is SUCCESS for t in transitions):
         return torch.zeros_like(ahead)
     return z_scores(omega ** (ahead - per_group(states)(ahead, "amin")), states)  # a state's largest is 1, never 0
 def gigpo_advantages(transitions: list[Transition], rewards: Tensor, gamma: float = 0.95,
-                     penalties: Tensor | None = None) -> Tensor:
+                     penalties: Tensor | None = None, similarity: float = 1.0) -> Tensor:
     """The step term of GiGPO (arXiv 2505.10978): z-score of a transition's return, sum_k gamma^k r_(t + k) to the end
     of its rollout, among all that leave the same state. rewards r: (len(transitions),); result: the same, float64.
-    penalties: as in graph_advantages. ValueError unless there are finite rewards of that shape and 0 <= gamma <= 1."""
+    penalties: as in graph_advantages. similarity: below 1 what leaves states that merge_states
+    merges is compared. ValueError unless there are finite rewards of that shape and 0 <= gamma <= 1."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     if not transitions or rewards.shape != (len(transitions),) or not rewards.isfinite().all() or not 0 <= gamma <= 1:
         raise ValueError(f"want finite rewards, one per transition, and 0 <= gamma <= 1, got {rewards}, {gamma}")
@@ -173,6 +178,9 @@ def gigpo_advantages(transitions: list[Transition], rewards: Tensor, gamma: floa
         later[t.trajectory] = reward + gamma * later.get(t.trajectory, 0.0)
         returns.append(later[t.trajectory])
     returns = torch.tensor(returns[::-1], dtype=torch.float64)
+    if similarity < 1:
+        left = [t._replace(next_state=t.state) for t in transitions]  # where a rollout ended is no group
+        transitions = merge_states(left, similarity)
     return z_scores(returns if penalties is None else returns - penalties, [t.state for t in transitions])
 def episode_advantages(returns: Tensor) -> Tensor:
     """A_E of each rollout of one task's group: z-score of its return (GRPO). (trajectories,) -> the same, in float64.
@@ -182,13 +190,19 @@ def episode_advantages(returns: Tensor) -> Tensor:
         raise ValueError(f"want finite returns (trajectories,), got {returns}")
     return z_scores(returns, [0] * len(returns))
 def merge_states(transitions: list[Transition], similarity: float) -> list[Transition]:
-    """The same transitions, but a state whose text is at least `similarity` (difflib's ratio, 0 to 1) like that of an
-    earlier one is replaced by the likest such one (an option of the authors' code)."""
-    merged, texts = {SUCCESS: SUCCESS}, {}
+    """The same transitions, but each state is replaced by the first earlier one whose text is at
+    least `similarity` (difflib's ratio, 0 to 1) like its own and which stays. At 1 none is."""
+    def like(one: str, other: str) -> bool:
+        match = difflib.SequenceMatcher(None, one, other)  # two bounds are cheaper than the ratio
+        bounds = (match.real_quick_ratio, match.quick_ratio)
+        return all(ratio() >= similarity for ratio in (*bounds, match.ratio))
+    if similarity >= 1:
+        return transitions
+    merged, kept = {SUCCESS: SUCCESS}, {}  # kept: a state that stays -> its text
     for state in (s for t in transitions for s in (t.state, t.next_state)):
         if state not in merged:
-            like = difflib.get_close_matches(str(state), texts, 1, similarity)
-            merged[state] = texts[like[0]] if like else texts.setdefault(str(state), state)
+            merged[state] = next((s for s, text in kept.items() if like(str(state), text)), state)
+            kept.setdefault(merged[state], str(state))
     return [t._replace(state=merged[t.state], next_state=merged[t.next_state]) for t in transitions]
 # ----------------------------------------------------------------------------------- the house, a world of its own
 ROOMS = {"hall": ("bench", "rack"), "kitchen": ("counter", "fridge", "microwave", "sink", "cabinet"),
@@ -739,10 +753,11 @@ class Player:
         A = episode_advantages(returns)[number]
         if args.penalty_in_return:
             A, penalties, early = episode_advantages(returns[number] - penalties), 0, penalties
-        if args.merge_similarity < 1 and args.method != "grpo":
-            transitions = merge_states(transitions, args.merge_similarity)
-        A_G = {"graph_gpo": lambda: graph_advantages(transitions, args.omega, early), "grpo": lambda: 0,
-               "gigpo": lambda: gigpo_advantages(transitions, rewards, args.gamma, early)}[args.method]()
+        how, A_G = (early, args.merge_similarity), 0
+        if args.method == "graph_gpo":
+            A_G = graph_advantages(transitions, args.omega, *how)
+        elif args.method == "gigpo":
+            A_G = gigpo_advantages(transitions, rewards, args.gamma, *how)
         return args.beta_graph * A_G + args.beta_episode * A - penalties
     def credit(self, step: int, groups: list[Group]) -> list[Sample]:
         """Each step is a sequence of its own, its action, below a prompt that it may share; a task's are averaged."""
@@ -956,6 +971,8 @@ def main(argv: list[str]) -> None:
         torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
+    if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the tiny model gains little by two, and beside other work they wait for each other
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1e-6 if args.model else 5e-4)

@@ -9,6 +9,8 @@ environment steps per update: the number of tasks is what is owed by now over wh
 missed in one update is made up in the next. All share the default run's flags, among them the learning rate. Success is
 on 40 held-out tasks, at temperature 1 (8 rollouts each) and greedy, every `every` updates; a run's score is its mean
 over the evaluations after the first. A pair is two methods with the same start and the same seed.
+Runs with one seed have the same tasks whatever their start: they are averaged over the starts, and
+the intervals and tests are over seeds, for these two starts.
 """
 
 import argparse
@@ -22,33 +24,59 @@ import statistics
 import sys
 import tempfile
 import time
+import unittest.mock
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import RESULTS, Budgeted, flags, half_width, in_processes, interval, read_rows, table, timed_update
+from learning import (
+    RESULTS,
+    Budgeted,
+    flags,
+    half_width,
+    in_processes,
+    interval,
+    paired,
+    read_rows,
+    table,
+    timed_update,
+)
 
 import graph_gpo
 
 METHODS = ("graph_gpo", "gigpo", "grpo")
+SOKOBAN = "envs/sokoban.py:Sokoban"
 WORLDS = {  # world -> --env, environment steps per update, updates, updates between evaluations, flags, starts, seeds
     "house": ("", 1250, 40, 8, {}, (0, 1), 8),
-    "sokoban": ("envs/sokoban.py:Sokoban", 1500, 60, 12, {"max_steps": 15}, (0, 1), 3)}
+    "sokoban": (SOKOBAN, 1500, 60, 12, {"max_steps": 15, "omega": 0.8}, (0, 1), 3),
+    "sokoban, omega 0.1": (SOKOBAN, 1500, 60, 12, {"max_steps": 15}, (0, 1), 3)}
+UNDIVIDED = ("sokoban",)  # worlds where GiGPO's terms are without the std, as in its Sokoban script
 COSTS = ("tasks", "env_steps", "generated_tokens", "forwarded_tokens", "rollout_cpu", "update_cpu")
 EVALUATED = ("success", "greedy_success", "progress_in_failed", "waste_in_successful")
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 class Player(Budgeted, graph_gpo.Player):
-    unit, counted = "tasks", "env_steps"
+    """The script's player with a budget; `undivided`: both terms of GiGPO are without the std."""
+    unit, counted, undivided = "tasks", "env_steps", False
+
+    def advantages(self, group) -> torch.Tensor:
+        z_scores = centred if self.undivided and self.args.method == "gigpo" else graph_gpo.z_scores
+        with unittest.mock.patch("graph_gpo.z_scores", z_scores):
+            return super().advantages(group)
+
+def centred(values: torch.Tensor, groups: list) -> torch.Tensor:
+    """z_scores without the std; a success returns 10, as in its authors' code, not 1 as here."""
+    return 10 * (values.double() - graph_gpo.per_group(groups)(values.double(), "mean"))
 
 def run_seeds(job: tuple) -> None:
     """The missing (seed, method) of one world and start, from one warm start, in a process of its own."""
     world, start, missing = job
     env, budget, updates, every, told, *_ = WORLDS[world]
     torch.set_num_threads(1)
-    Player.budget, graph_gpo.update = budget, functools.partial(timed_update, update=graph_gpo.update)
+    Player.budget, Player.undivided = budget, world in UNDIVIDED
+    graph_gpo.update = functools.partial(timed_update, update=graph_gpo.update)
     env = env and str(RESULTS.parents[1] / env)
     make_env = graph_gpo.load_env(env) if env else graph_gpo.House
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
@@ -88,37 +116,71 @@ def whole_pairs(world: str) -> list[dict[str, dict]]:
 def score(row: dict, name: str = "success") -> float:
     return statistics.mean(row[name][1:])  # [0] is the model that all methods start from
 
+def by_seed(pairs: list[dict[str, dict]], value) -> list[float]:
+    """value(pair) of each seed, the mean over its starts."""
+    found = {}
+    for pair in pairs:
+        found.setdefault(pair[METHODS[0]]["seed"], []).append(value(pair))
+    return list(map(statistics.mean, found.values()))
+
+def curve(world: str, method: str, name: str) -> list[list[float]]:
+    """Of each evaluation what the seeds have, as in by_seed."""
+    pairs = whole_pairs(world)
+    return [by_seed(pairs, lambda pair, i=i: pair[method][name][i])
+            for i in range(len(pairs[0][method][name]))]
+
+def learned_row(world: str, method: str) -> list[str]:
+    pairs = whole_pairs(world)
+    rows = [pair[method] for pair in pairs]
+    after = [interval(curve(world, method, name)[-1]) for name in ("success", "greedy_success")]
+    mean = {name: statistics.mean(row[name] for row in rows) for name in COSTS}
+    before = statistics.mean(row["success"][0] for row in rows)
+    return [world, method, str(len(rows)), f"{before:.3f}",
+            interval(by_seed(pairs, lambda pair: score(pair[method]))), *after,
+            *(f"{mean[name]:,.0f}" for name in ("env_steps", "forwarded_tokens")),
+            *(f"{mean[name]:.1f}" for name in ("rollout_cpu", "update_cpu"))]
+
+def gap_row(world: str, one: str, other: str) -> list[str]:
+    pairs, starts = whole_pairs(world), {}
+    for pair in pairs:
+        starts.setdefault(pair[one]["start"], []).append(score(pair[one]) - score(pair[other]))
+    greedy = by_seed(pairs, lambda pair: score(pair[one], "greedy_success")
+                     - score(pair[other], "greedy_success"))
+    after = by_seed(pairs, lambda pair: pair[one]["success"][-1] - pair[other]["success"][-1])
+    return [world, f"{one} − {other}",
+            *paired(by_seed(pairs, lambda pair: score(pair[one]) - score(pair[other]))),
+            *paired(greedy)[:2], *paired(after)[:2],
+            ", ".join(f"{statistics.mean(gaps):+.3f}" for gaps in starts.values()),
+            f"{statistics.correlation(*starts.values()):+.2f}"]
+
+def share_row(world: str, method: str) -> list[str]:
+    rows = [pair[method] for pair in whole_pairs(world)]
+    found = ([row[name][i] for row in rows if row[name][i] is not None]
+             for name in reversed(EVALUATED[2:]) for i in (0, -1))
+    return [world, method, *(f"{statistics.mean(x):.1%}" if x else "" for x in found)]
+
+def waste_row(world: str, one: str, other: str) -> list[str]:
+    def waste(row: dict) -> float:
+        return row["waste_in_successful"][-1]
+    gaps = by_seed(whole_pairs(world), lambda pair: waste(pair[one]) - waste(pair[other]))
+    return [world, f"{one} − {other}", *paired(gaps)]
+
 def tables() -> str:
     """What was learned and what it cost; the pairs; and the shares of the paper's Figure 1."""
-    learned, gaps, shares = [], [], []
-    for world in WORLDS:
-        runs = whole_pairs(world)
-        for method in METHODS if runs else ():
-            rows = [pair[method] for pair in runs]
-            ends = [interval([row[name][-1] for row in rows]) for name in ("success", "greedy_success")]
-            mean = {name: statistics.mean(row[name] for row in rows) for name in COSTS}
-            before = statistics.mean(row["success"][0] for row in rows)
-            learned.append([world, method, str(len(rows)), f"{before:.3f}", interval(list(map(score, rows))), *ends,
-                            *(f"{mean[name]:,.0f}" for name in ("env_steps", "forwarded_tokens")),
-                            *(f"{mean[name]:.1f}" for name in ("rollout_cpu", "update_cpu"))])
-            found = ([row[name][i] for row in rows if row[name][i] is not None]
-                     for name in reversed(EVALUATED[2:]) for i in (0, -1))
-            shares.append([world, method, *(f"{statistics.mean(values):.1%}" if values else "" for values in found)])
-        for one, other in itertools.combinations(METHODS, 2) if runs else ():
-            line = [world, f"{one} − {other}"]
-            for value in (score, functools.partial(score, name="greedy_success"), lambda row: row["success"][-1]):
-                found = [value(pair[one]) - value(pair[other]) for pair in runs]
-                line += [interval(found, "+"), f"{sum(gap > 0 for gap in found)} of {len(found)}"]
-            by_start = {}
-            for pair in runs:
-                by_start.setdefault(pair[one]["start"], []).append(score(pair[one]) - score(pair[other]))
-            gaps.append([*line, ", ".join(f"{statistics.mean(found):+.3f}" for found in by_start.values())])
+    worlds = [world for world in WORLDS if whole_pairs(world)]
+    runs = list(itertools.product(worlds, METHODS))
+    gaps = [(world, *pair) for world in worlds for pair in itertools.combinations(METHODS, 2)]
     return "\n\n".join((
-        table(("world", "method", "runs", "sampled before", "score", "sampled after", "greedy after", "env steps",
-               "forwarded tokens", "CPU s sampling", "CPU s training"), learned),
-        table(("world", "pair", "score", "ahead", "greedy score", "ahead, greedy", "sampled after", "ahead, after",
-               "score of each start"), gaps),
-        table(("world", "method", "waste, before", "waste, after", "progress, before", "progress, after"), shares)))
+        table(("world", "method", "runs", "sampled before", "score", "sampled after",
+               "greedy after", "env steps", "forwarded tokens", "CPU s sampling", "CPU s training"),
+              [learned_row(*run) for run in runs]),
+        table(("world", "pair", "score", "ahead", "rank test, p", "detectable", "greedy score",
+               "ahead, greedy", "sampled after", "ahead, after", "score of each start",
+               "r of the starts"), [gap_row(*gap) for gap in gaps]),
+        table(("world", "method", "waste, before", "waste, after", "progress, before",
+               "progress, after"), [share_row(*run) for run in runs]),
+        table(("world", "pair", "waste, after", "more", "rank test, p", "detectable"),
+              [waste_row(*gap) for gap in gaps])))
 
 def figure() -> None:
     """learning_graph_gpo.png: mean curves over environment steps, sampled and greedy, of each world."""
@@ -131,7 +193,7 @@ def figure() -> None:
         _, budget, _, every, *_ = WORLDS[world]
         for axis, name, words in zip(pair_of_axes, EVALUATED, ("at temperature 1", "greedy")):
             for method, color in zip(METHODS, ("tab:green", "tab:orange", "tab:blue")):
-                curves = list(zip(*(pair[method][name] for pair in whole_pairs(world))))
+                curves = curve(world, method, name)
                 x, mean, width = [budget * every * i for i in range(len(curves))], *(
                     list(map(f, curves)) for f in (statistics.mean, half_width))
                 axis.plot(x, mean, color=color, label=method)
@@ -162,7 +224,7 @@ def main() -> None:
             jobs += [(world, start, missing)] if missing else []
     if jobs:
         in_processes(run_seeds, jobs, options.processes)
-    print("Means over starts and seeds, ± half of the 95 % interval of the mean.\n\n" + tables())
+    print("Means over starts and seeds, ± half of the 95 % interval over seeds.\n\n" + tables())
     figure()
 
 if __name__ == "__main__":

@@ -476,11 +476,17 @@ def test_nearly_equal_texts_become_one():
     assert merge_states([], 0.5) == []
 
 
-def test_the_likest_state_is_taken():
+def test_the_first_like_state_is_taken():
     # 20 characters: c is one away from b, ratio 0.95, and two from a, 0.9; a and b differ by three, 0.85
     a, b, c = "abcdefghijklmnopqrst", "abcdefghijklmnopqXYZ", "abcdefghijklmnopqrYZ"
-    merged = merge_states([Transition(a, "", b, 0), Transition(c, "", c, 0)], 0.88)
-    assert [(t.state, t.next_state) for t in merged] == [(a, b), (b, b)]
+    transitions = [Transition(a, "", b, 0), Transition(c, "", c, 0)]
+    merged = merge_states(transitions, 0.88)
+    assert [t[0:3:2] for t in merged] == [(a, b), (a, a)]  # b is more like c, but a came first
+    merged = merge_states([*transitions[1:], *transitions[:1]], 0.88)
+    assert [t[0:3:2] for t in merged] == [(c, c), (c, c)]
+    merged = merge_states([Transition(a, "", c, 0), Transition(b, "", b, 0)], 0.88)
+    assert [t[0:3:2] for t in merged] == [(a, a), (b, b)]  # c is gone: b has nothing to be like
+    assert merge_states(transitions, 1.0) == transitions
 
 
 def test_success_is_not_merged():
@@ -1144,15 +1150,59 @@ def test_penalties_before_the_z_scores_without_any_success():
     assert found.tolist() == pytest.approx([2 / math.sqrt(3), 2 / math.sqrt(3), -4 / math.sqrt(3)])
 
 
-@pytest.mark.parametrize("method", ["graph_gpo", "gigpo"])
-def test_like_states_share_their_comparison_if_asked(method):
-    one, other = "you are in the kitchen at the door. ....", "you are in the kitchen at the door. ...!"
+ONE = "you are in the kitchen at the door. ...."
+OTHER = "you are in the kitchen at the door. ...!"  # 0.975 alike
+
+
+def test_like_states_are_at_the_same_distance():
+    # from s to ONE and on to success: 2, 1; OTHER, which is left for x, is at d_max + 1 = 3, unless
+    # it is ONE; then the steps from s lead equally near, and there is nothing to choose
+    transitions = [Transition("s", "a", ONE, 0), Transition(ONE, "b", SUCCESS, 0),
+                   Transition("s", "c", OTHER, 1), Transition(OTHER, "d", "x", 1)]
+    half = 1 / math.sqrt(2)
+    for similarity, expected in ((1.0, half), (0.98, half), (0.95, 0)):
+        found = graph_advantages(transitions, similarity=similarity)
+        assert found.tolist() == pytest.approx([expected, 0, -expected, 0])
+    # with penalties, taken from R = 10 0.1^(d + 1): 0.1 and 0.1 - 0.05 at s; b and d are alone
+    found = graph_advantages(transitions, 0.1, torch.tensor([0, 0, 0.05, 0.05]), 0.95)
+    assert found.tolist() == pytest.approx([half, 0, -half, 0])
+
+
+def test_like_states_do_not_share_a_comparison_in_graph_gpo():
+    transitions = [Transition(ONE, "b", SUCCESS, 0), Transition(OTHER, "d", "x", 1)]
+    assert graph_advantages(transitions, similarity=0.95).tolist() == [0, 0]  # both were left once
+    again = [*transitions, Transition(OTHER, "e", SUCCESS, 2)]
+    half = 1 / math.sqrt(2)
+    assert graph_advantages(again, similarity=0.95).tolist() == pytest.approx([0, -half, half])
+
+
+def test_like_states_share_a_comparison_in_gigpo():
+    transitions = [Transition(ONE, "b", SUCCESS, 0), Transition(OTHER, "d", "x", 1)]
+    half = 1 / math.sqrt(2)
+    for similarity, expected in ((1.0, 0), (0.98, 0), (0.95, half)):
+        found = gigpo_advantages(transitions, [1, 0], similarity=similarity)
+        assert found.tolist() == pytest.approx([expected, -expected])
+    # only states that are left count: the last of rollout 2, like ONE alone, does not take it away
+    ends = [Transition("s", "a", "Y" + ONE[1:], 2), *transitions]
+    found = gigpo_advantages(ends, [0, 1, 0], similarity=0.97)
+    assert found.tolist() == pytest.approx([0, half, -half])
+
+
+def test_merging_is_passed_on():
     group = group_of(["sG", "sx"])
     (a, *rest), (b, *others) = group.steps
-    group.steps = [(a._replace(state=one), *rest), (b._replace(state=other), *others)]
-    for similarity, expected in ((1.0, 0), (0.98, 0), (0.95, 1 / math.sqrt(2))):  # alone; and better than the other
-        player = stub(method=method, merge_similarity=similarity, beta_episode=0.0)
+    group.steps = [(a._replace(state=ONE), *rest), (b._replace(state=OTHER), *others)]
+    for similarity, expected in ((1.0, 0), (0.95, 1 / math.sqrt(2))):
+        player = stub(method="gigpo", merge_similarity=similarity, beta_episode=0.0)
         assert player.advantages(group).tolist() == pytest.approx([expected, -expected])
+    group = group_of(["saG", "sbx"])
+    named = {"a": ONE, "b": OTHER}
+    group.steps = [(t._replace(state=named.get(t.state, t.state),
+                               next_state=named.get(t.next_state, t.next_state)), *rest)
+                   for t, *rest in group.steps]
+    for similarity, expected in ((1.0, 1 / math.sqrt(2)), (0.95, 0)):
+        player = stub(merge_similarity=similarity, beta_episode=0.0)
+        assert player.advantages(group).tolist() == pytest.approx([expected, 0, -expected, 0])
 
 
 def rolled(results, **how):
