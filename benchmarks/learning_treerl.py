@@ -31,7 +31,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two run
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import RESULTS, Budgeted, flags, half_width, in_processes, interval, read_rows, table, timed_update
+from learning import (
+    RESULTS,
+    Budgeted,
+    flags,
+    half_width,
+    in_processes,
+    interval,
+    paired,
+    read_rows,
+    table,
+    timed_update,
+)
 
 import treerl
 
@@ -116,11 +127,11 @@ def tables() -> str:
     for one, other in PAIRS if seeds else ():
         tokens = [score(found[one][seed]) - score(found[other][seed]) for seed in seeds]
         times = [a - b for a, b in (at_equal_time(found[one][seed], found[other][seed]) for seed in seeds)]
-        pairs.append([f"{one} − {other}", *itertools.chain(*(
-            (interval(gaps, "+"), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}") for gaps in (tokens, times)))])
+        pairs.append([f"{one} − {other}", *paired(tokens), *paired(times)[:3]])
     heads = (("arm", "score at equal tokens", "sampled after", "greedy after", "prompts per update", "generated tokens",
               "forwarded tokens", "CPU s sampling", "CPU s training"),
-             ("pair", "difference at equal tokens", "ahead", "difference at equal time", "ahead in time"))
+             ("pair", "difference at equal tokens", "ahead", "rank test, p", "detectable", "difference at equal time",
+              "ahead in time", "rank test in time, p"))
     return "\n\n".join(map(table, heads, (learned, pairs)))
 
 def figure() -> None:

@@ -1,8 +1,9 @@
 """Does searching find more than sampling? Pass rate of treerl.py's search at equal numbers of generated tokens.
 
-    python benchmarks/search.py                   three models, 500 problems each; prints the table, draws the figure
-    python benchmarks/search.py --seeds 0 --problems 100
-    python benchmarks/search.py --forks           only where the forks are, in the trees of M, N, L, T = 6, 2, 1, 2
+    python benchmarks/search.py            five models, 500 problems each; then the report
+    python benchmarks/search.py --seeds 0 1 --problems 100 --out elsewhere    less, not into results/
+    python benchmarks/search.py --report   nothing is measured: table and figure of search.jsonl
+    python benchmarks/search.py --forks    only where the forks are, with M, N, L, T = 6, 2, 1, 2
 
 On held-out built-in problems and the warm-started model that training begins with, drawn at temperature 1.2 and top-p
 0.95: independent chains, EPTree, the same tree forked at random places, and MCTS. MCTS is UCT over lines, on the same
@@ -14,6 +15,13 @@ it has found, so until a right solution is found it is guided by its counts alon
 The pass rate of chains at any number of tokens is exact in expectation: from 40 chains a problem, the chance that k of
 them drawn at random hold a right one, k being tokens over the mean length of a chain, between whole k interpolated.
 Every other method is compared with chains at its own number of tokens, problem by problem.
+
+What varies independently is the warm-started model: all models get the same problems. So means and
+95 % intervals are over models. "s.e. over problems" is the standard error of one model's difference
+over its problems (root mean square over the models): how well each model's figure is known, not how
+models differ. "detectable" is the true mean difference that an experiment with as many models and
+their spread finds, at the 5 % level, in 80 % of its repetitions. "p, Holm" is that of Student's t
+over models, corrected by Holm for the number of comparisons in the table.
 """
 
 import argparse
@@ -32,12 +40,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import RESULTS, table
+from learning import RESULTS, detectable, error, half_width, interval, table
 
 import treerl
 
 SHAPES = ((1, 2, 1, 2), (2, 2, 1, 2), (2, 2, 2, 2), (6, 2, 1, 2))  # M, N, L, T: 5, 10, 18 and 30 leaves
 CHAINS, BATCH = 40, 50
+METHODS = {"random forks": "tab:orange", "MCTS": "tab:red", "EPTree": "tab:green"}
 
 def solver_for(seed: int, folder: str) -> treerl.Solver:
     args = treerl.Args(seed=seed, max_tokens=64, dtype="float32", device="cpu")
@@ -122,87 +131,176 @@ def report_forks(seeds: list[int], problems: list) -> None:
     print(table(("forks", *names), [[name, *(f"{kinds[kind] / kinds.total():.1%}" for kind in names)]
                                     for name, kinds in found.items()]))
 
-def mean_error(values: list[float]) -> tuple[float, float]:
-    return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-
-def measure(seed: int, problems: list, width: int, c: float) -> dict:
-    """method -> for each shape (pass of each problem, pass of chains at as many tokens, tokens)."""
+def measure(seed: int, problems: list, width: int, c: float) -> list[dict]:
+    """The rows of one model. Of its chains, how many of each problem's CHAINS are right; of every
+    other method and shape, whether ("1") or not ("0") it found a right solution of each problem."""
     rng = random.Random(f"search/{seed}")
     with tempfile.TemporaryDirectory() as folder:
         solver = solver_for(seed, folder)
     set_shape(solver, "chainrl", CHAINS)
-    chains, cost = trees(solver, problems, rng)
-    right, cost = [int(sum(rewards)) for rewards in chains], cost / CHAINS
-    def row(passed, tokens):
-        return passed, [chance(n, tokens / cost) for n in right], tokens
-    found = {"EPTree": [], "random forks": []}
+    chains, tokens = trees(solver, problems, rng)
+    right = [int(sum(rewards)) for rewards in chains]
+    rows = [{"seed": seed, "method": "chains", "tokens": tokens, "right": right}]
+
+    def add(method: str, shape: tuple, passed: list[float], tokens: float) -> None:
+        digits = "".join("1" if reward == 1 else "0" for reward in passed)
+        row = {"seed": seed, "method": method, "budget": shape, "tokens": tokens, "pass": digits}
+        rows.append(row)
+
+    budgets = []
     for method, name in (("treerl", "EPTree"), ("random", "random forks")):
         for shape in SHAPES:
             set_shape(solver, method, *shape)
             rewards, tokens = trees(solver, problems, rng)
-            found[name].append(row([max(r) for r in rewards], tokens))
-    budgets = [tokens for *_, tokens in found["EPTree"]]
-    found["MCTS"] = [row(passed, tokens) for passed, tokens in mcts(solver, problems, rng, budgets, width, c)]
-    found["chains"] = [row([chance(n, tokens / cost) for n in right], tokens) for tokens in budgets]
-    found["accuracy"] = statistics.mean(right) / CHAINS
-    return found
+            add(name, shape, [max(r) for r in rewards], tokens)
+            if method == "treerl":
+                budgets.append(tokens)
+    found = mcts(solver, problems, rng, budgets, width, c)
+    for shape, (passed, tokens) in zip(SHAPES, found):
+        add("MCTS", shape, passed, tokens)
+    return rows
+
+# ------------------------------------------------------------------------------------- reports
+class Model:
+    """What was measured of one model."""
+
+    def __init__(self, rows: list[dict]):
+        [chains] = [row for row in rows if row["method"] == "chains"]
+        self.right, self.cost = chains["right"], chains["tokens"] / CHAINS
+        self.rows = {}
+        for row in rows:
+            if row is not chains:
+                self.rows[row["method"], tuple(row["budget"])] = row
+
+    def accuracy(self) -> float:
+        return statistics.mean(self.right) / CHAINS
+
+    def chains(self, tokens: float) -> list[float]:
+        """Chance of each problem that chains of so many tokens hold a right one."""
+        return [chance(n, tokens / self.cost) for n in self.right]
+
+    def passed(self, method: str, shape: tuple) -> list[float]:
+        if method == "chains":
+            return self.chains(self.tokens(method, shape))
+        return [float(digit) for digit in self.rows[method, shape]["pass"]]
+
+    def tokens(self, method: str, shape: tuple) -> float:
+        return self.rows["EPTree" if method == "chains" else method, shape]["tokens"]
+
+    def gaps(self, method: str, shape: tuple) -> list[float]:
+        """Of each problem: found or not, minus the chance of chains of as many tokens."""
+        same = self.chains(self.tokens(method, shape))
+        return [one - other for one, other in zip(self.passed(method, shape), same)]
+
+def read_models(folder: Path) -> dict[int, Model]:
+    found = {}
+    for line in (folder / "search.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        found.setdefault(row["seed"], []).append(row)
+    return {seed: Model(rows) for seed, rows in found.items()}
+
+def holm(p: list[float]) -> list[float]:
+    """Holm's correction: the smallest p times their number, the next times one less, and so on;
+    none is less than one before it."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    corrected = [0.0] * len(p)
+    least = 0.0
+    for rank, i in enumerate(order):
+        least = max(least, min(1.0, p[i] * (len(p) - rank)))
+        corrected[i] = least
+    return corrected
+
+def search_table(models: list[Model]) -> str:
+    from scipy import stats
+    compared = {}
+    for shape in SHAPES:
+        for method in METHODS:
+            compared[shape, method] = [model.gaps(method, shape) for model in models]
+    means = {key: list(map(statistics.mean, gaps)) for key, gaps in compared.items()}
+    p = holm([float(stats.ttest_1samp(gaps, 0).pvalue) for gaps in means.values()])
+    corrected = dict(zip(means, p))
+    lines = []
+    for shape in SHAPES:
+        for method in ("chains", *METHODS):
+            passed = [statistics.mean(model.passed(method, shape)) for model in models]
+            tokens = statistics.mean(model.tokens(method, shape) for model in models)
+            line = [f"as {shape}", method, f"{tokens:.0f}", interval(passed)]
+            if method == "chains":
+                line += [""] * 5
+            else:
+                gaps = means[shape, method]
+                each = ", ".join(f"{gap:+.3f}" for gap in gaps)
+                squares = [error(values) ** 2 for values in compared[shape, method]]
+                line += [interval(gaps, "+"), f"{corrected[shape, method]:.3f}",
+                         f"{detectable(gaps):.3f}", each, f"{statistics.mean(squares) ** 0.5:.3f}"]
+            lines.append(line)
+    heads = ("budget", "method", "generated tokens a problem", "pass rate",
+             "method − chains at its own tokens", "p, Holm", "detectable", "of each model",
+             "s.e. over problems")
+    return table(heads, lines)
+
+def figure(models: list[Model], path: Path) -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    drawing, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    for i, (method, color) in enumerate({"chains": "tab:blue", **METHODS}.items()):
+        x, rates = [], []
+        for shape in SHAPES:
+            tokens = statistics.mean(model.tokens(method, shape) for model in models)
+            x.append(tokens)
+            passed = [statistics.mean(model.passed(method, shape)) for model in models]
+            rates.append(statistics.mean(passed))
+            if method == "chains":
+                continue
+            gaps = [statistics.mean(model.gaps(method, shape)) for model in models]
+            aside = tokens + 8 * (i - 2)  # beside each other where tokens are alike
+            right.plot([aside] * len(gaps), gaps, "x", color=color, markersize=4, alpha=0.6)
+            mean, half = statistics.mean(gaps), half_width(gaps)
+            right.errorbar(aside, mean, half, fmt="o", capsize=3, color=color)
+        left.plot(x, rates, "o-", color=color, label=method)
+    right.axhline(0, color="black", linewidth=0.8)
+    left.set_ylabel(f"pass rate, mean of {len(models)} models")
+    right.set_ylabel("method − chains of as many tokens:\neach model, mean and 95 % interval")
+    for axis in (left, right):
+        axis.set_xlabel("generated tokens per problem")
+    left.legend()
+    drawing.savefig(path, dpi=100)
+
+def report(folder: Path) -> None:
+    models = read_models(folder)
+    for seed, model in models.items():
+        print(f"seed {seed}: a chain is right with probability {model.accuracy():.3f}")
+    size = ", ".join(sorted({str(len(model.right)) for model in models.values()}))
+    print(f"\n{size} problems for each model; mean ± half of the 95 % interval, over models\n")
+    print(search_table(list(models.values())))
+    figure(list(models.values()), folder / "search.png")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the models and of the search")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(5),
+                        help="of the models and of the search")
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--width", type=int, default=3, help="children of a node in MCTS")
     parser.add_argument("--c", type=float, default=1.0, help="weight of exploration in MCTS")
     parser.add_argument("--forks", action="store_true", help="no pass rates, only where the forks are")
+    parser.add_argument("--report", action="store_true", help="table and figure of search.jsonl")
+    parser.add_argument("--out", type=Path, default=RESULTS,
+                        help="folder of search.jsonl and search.png, which a run overwrites")
     options = parser.parse_args()
+    if options.report:
+        return report(options.out)
     rng = random.Random("search")
     problems = [treerl.make_problem(rng, 8, True) for _ in range(options.problems)]
     if options.forks:
         return report_forks(options.seeds, problems)
-    results = []
-    for seed in options.seeds:
-        results.append(measure(seed, problems, options.width, options.c))
-        print(f"seed {seed}: accuracy of a chain {results[-1]['accuracy']:.3f}", flush=True)
-    print(f"\n{len(problems)} problems x models of seeds {', '.join(map(str, options.seeds))}; ± standard error over "
-          "problems and models\n")
-    heads = ("budget", "method", "generated tokens a problem", "pass rate", "method − chains at its own tokens",
-             "of each model")
-    lines = []
-    for i, shape in enumerate(SHAPES):
-        for method in ("chains", "random forks", "MCTS", "EPTree"):
-            rows = [result[method][i] for result in results]
-            passed = mean_error([x for row in rows for x in row[0]])
-            gaps = [[a - b for a, b in zip(row[0], row[1])] for row in rows]
-            gain = mean_error([x for gap in gaps for x in gap])
-            cells = [f"as {shape}", method, f"{statistics.mean(row[2] for row in rows):.0f}",
-                     f"{passed[0]:.3f} ± {passed[1]:.3f}"]
-            cells += [""] * 2 if method == "chains" else [
-                f"{gain[0]:+.3f} ± {gain[1]:.3f}", ", ".join(f"{statistics.mean(gap):+.3f}" for gap in gaps)]
-            lines.append(cells)
-    print(table(heads, lines))
-    with open(RESULTS / "search.jsonl", "w") as file:
-        for seed, result in zip(options.seeds, results):
-            for method in ("chains", "random forks", "MCTS", "EPTree"):
-                for shape, (passed, same, tokens) in zip(SHAPES, result[method]):
-                    file.write(json.dumps({"seed": seed, "method": method, "budget": shape, "tokens": round(tokens, 1),
-                                           "pass": round(statistics.mean(passed), 4),
-                                           "chains": round(statistics.mean(same), 4)}) + "\n")
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axis = plt.subplots(figsize=(7, 4.4), layout="constrained")
-    for method, color in (("chains", "tab:blue"), ("random forks", "tab:orange"), ("MCTS", "tab:red"),
-                          ("EPTree", "tab:green")):
-        points = []
-        for i in range(len(SHAPES)):
-            rows = [result[method][i] for result in results]
-            points.append((statistics.mean(row[2] for row in rows), *mean_error([x for row in rows for x in row[0]])))
-        axis.errorbar(*zip(*((x, y) for x, y, _ in sorted(points))), [e for *_, e in sorted(points)], fmt="o-",
-                      capsize=3, color=color, label=method)
-    axis.set_xlabel("generated tokens per problem")
-    axis.set_ylabel("pass rate, ± standard error")
-    axis.legend()
-    figure.savefig(RESULTS / "search.png", dpi=100)
+    options.out.mkdir(exist_ok=True)
+    with open(options.out / "search.jsonl", "w") as file:
+        for seed in options.seeds:
+            rows = measure(seed, problems, options.width, options.c)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+    report(options.out)
 
 if __name__ == "__main__":
     main()
