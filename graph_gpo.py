@@ -54,7 +54,7 @@ class Args:
     beta_graph: float = arg(1.0, "weight of the step term, A_G (or gigpo's)")
     beta_episode: float = arg(1.0, "weight of the episode term, A_E")
     invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
-    penalty_in_return: bool = arg(False, "take it before the z-scores instead, as the authors' code does")
+    penalty_in_return: bool = arg(False, "take it before the z-scores, as the authors' code does (tutorial, 3.7)")
     merge_similarity: float = arg(1.0, "states at least so alike are merged (1: none)", high=1)
     dynamic_sampling: int = arg(0, "times per step that tasks whose returns are all equal are replaced")
     max_steps: int = arg(25, "environment steps per rollout", low=1)
@@ -152,8 +152,8 @@ def graph_advantages(transitions: list[Transition], omega: float = 0.1,
     """A_G of each transition of one task's group: z-score of R_G(s, a, s') = 10 omega^(d(s') + cost) among all that
     leave s, whatever became of their rollouts (GraphGPO). The scale cancels, so steps far from the goal get their full
     credit. Returns (len(transitions),), float64. ValueError as in goal_distances, and for omega outside (0, 1). All 0
-    without any success, unless there are `penalties`, of that shape: as in the authors' code taken
-    from R_G. similarity: below 1 the distances are those of merge_states, an option there."""
+    without any success, unless there are `penalties`, of that shape, to be taken from R_G. With `similarity` below 1 the
+    distances are those of merge_states. Both are in the authors' code (tutorial, 3.7)."""
     if not 0 < omega < 1:
         raise ValueError(f"want 0 < omega < 1, got {omega}")
     merged, states = merge_states(transitions, similarity), [t.state for t in transitions]
@@ -746,7 +746,8 @@ class Player:
         return groups, {"reward": reward, "success": success, **counts}
     def advantages(self, group: Group) -> Tensor:
         """Advantage of each step: beta_graph A_G + beta_episode A_E, less the penalty of an invalid action; or, with
-        --penalty-in-return, as in the authors' code: the penalty before the z-scores, and A_E a z-score over steps."""
+        --penalty-in-return, as in the authors' code (tutorial, 3.7): the penalty before the z-scores, and A_E a z-score
+        over steps."""
         args, (transitions, _, rewards, valid) = self.args, zip(*group.steps)
         number, returns = [t.trajectory for t in transitions], torch.tensor(group.returns, dtype=torch.float64)
         penalties, early = args.invalid_penalty * (1 - torch.tensor(valid, dtype=torch.float64)), None

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -945,6 +946,8 @@ def main(argv: list[str]) -> None:
         torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
+    if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the tiny model gains little by two, and beside other work they wait for each other
     if args.advantage == "intra" and (args.method == "grpo" or not args.N * args.L or args.K == 1):
         raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -19,6 +19,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -944,6 +945,8 @@ def main(argv: list[str]) -> None:
         torch.zeros(1, device=(device := torch.device(name))).item()
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
+    if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the tiny model gains little by two, and beside other work they wait for each other
     args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
     args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     args.lr = args.lr or (1.5e-6 if args.model else 5e-4)
