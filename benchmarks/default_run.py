@@ -1,7 +1,7 @@
-"""The default run of a script over several seeds, beside a control of its wall time and one of its steps.
+"""The default run of a script over ten seeds, on five of them beside a control of its wall time and one of its steps.
 
-    python benchmarks/default_run.py tree_grpo --seeds 0 1 2 3 4
-    python benchmarks/default_run.py treerl
+    python benchmarks/default_run.py tree_grpo
+    python benchmarks/default_run.py treerl --seeds 0 1 2 --controls 1
     python benchmarks/default_run.py graph_gpo
 
 Arms: the method's own is `python <script>.py --seed S`. "supervised" spends the time of the reinforcement learning on
@@ -9,7 +9,7 @@ more supervised steps on the same kind of demonstrations instead. "shuffled" is 
 many steps, but in tree_grpo the advantages of each prompt are dealt out at random among its leaves, in treerl their
 rewards are, before R(s) is computed from them, and in graph_gpo the advantages of each task's steps among these; so it
 must not learn.
-Prints a Markdown table of held-out success and its mean and standard deviation over the seeds.
+Prints a Markdown table of held-out success: each seed, mean and standard deviation over the seeds, and the range.
 """
 
 import argparse
@@ -79,27 +79,30 @@ SCRIPTS = {  # name of the arm, class and its method that is shuffled, and how
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--controls", type=int, default=5, help="the first seeds that have the two controls as well")
     parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script")
     options = parser.parse_args()
     script, (method, name, part, shuffled) = importlib.import_module(options.script), SCRIPTS[options.script]
     actor, results = getattr(script, name), {method: [], "supervised": [], "shuffled": []}
     original = getattr(actor, part)
     sft_steps = script.Args().sft_steps
-    for seed in options.seeds:
+    for number, seed in enumerate(options.seeds):
         fixed = ["--seed", seed, *options.arguments]
         rows, wall = run(script, *fixed)
         learning = sum(row["seconds"] for row in rows if row["event"] == "train")
         results[method].append((rows, wall))
+        print(json.dumps({"seed": seed, method: rows[-1]}), flush=True)
+        if number >= options.controls:
+            continue
         # what is not learning is the warm start and two evaluations; the warm start's share scales with its steps
         more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
         results["supervised"].append(run(script, *fixed, "--steps", 0, "--sft-steps", more))
         setattr(actor, part, shuffled(original))
         results["shuffled"].append(run(script, *fixed))
         setattr(actor, part, original)
-        print(json.dumps({"seed": seed, **{arm: runs[-1][0][-1] for arm, runs in results.items()}}), flush=True)
     print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
-    warm = [rows[0] for rows, _ in results[method]]  # evaluations of the warm start that all three arms begin with
+    warm = [rows[0] for rows, _ in results[method]]  # evaluations of the warm start that the three arms begin with
     for arm, runs in results.items():
         columns = []
         for seed, before, (rows, wall) in zip(options.seeds, warm, runs):
@@ -107,8 +110,10 @@ def main() -> None:
             columns.append([*ends, wall])
             print(f"| {arm} | {seed} | " + " | ".join(f"{x:.3f}" for x in columns[-1][:4]) + f" | {wall:.0f} |")
         if len(columns) > 1:
-            spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in list(zip(*columns))[:4]]
-            print(f"| {arm} | mean ± std | {' | '.join(spread)} | {statistics.mean(c[4] for c in columns):.0f} |")
+            success, seconds = list(zip(*columns))[:4], f"{statistics.mean(c[4] for c in columns):.0f}"
+            spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in success]
+            print(f"| {arm} | mean ± std | {' | '.join(spread)} | {seconds} |")
+            print(f"| {arm} | range | {' | '.join(f'{min(c):.3f} to {max(c):.3f}' for c in success)} | |")
 
 
 if __name__ == "__main__":

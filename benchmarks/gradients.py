@@ -3,11 +3,11 @@
     python benchmarks/gradients.py                  all settings of learning.py; prints a Markdown table
     python benchmarks/gradients.py main --seeds 7   those of one experiment
 
-For each seed and setting there is a policy: the warm start (in "main" only), and the same after some updates of GRPO on
-4 chains. At each, every arm draws batches that cost the same number of tokens, from questions that the policy was not
+For each seed and setting there is a policy: the warm start (in "main" and "where"), and the same after some updates of
+GRPO on 4 chains (not in "where"). At each, every arm draws batches that cost the same number of tokens, from questions that the policy was not
 trained on, and the gradient of its loss is taken, without a step. "alignment" is the mean cosine of a batch's gradient
 with the gradient of the expected reward, estimated from many more chains by REINFORCE with leave-one-out baselines;
-"/ chains" is that over the alignment of the chains of the same seed. "agreement" is the mean cosine of two batches of
+"/ chains" is that over the alignment of the chains of the same seed, with Wilcoxon's p of a median of 1. "agreement" is the mean cosine of two batches of
 the arm. Where gradients are mostly noise, alignment grows with the square root of the batch, and agreement with the
 batch; "reference" is the cosine between two halves of the estimate, whose noise lowers all alignments by one factor.
 The arm "inter" is the tree without A_intra.
@@ -21,7 +21,19 @@ import statistics
 import tempfile
 
 import torch
-from learning import EXPERIMENTS, Agent, flags, in_processes, interval, set_up, shapes, tree_grpo
+from learning import (
+    EXPERIMENTS,
+    TREE_ROLLOUT,
+    Agent,
+    flags,
+    in_processes,
+    interval,
+    learned_rollout,
+    rank_test,
+    set_up,
+    shapes,
+    tree_grpo,
+)
 
 LEARNED = {"anywhere": 8, "late": 40}  # updates after which about half is learned in "main"
 BATCHES, REFERENCE = 32, 48
@@ -71,6 +83,7 @@ def measure(job: tuple) -> list[tuple]:
     reference, rows = cosine(*halves, dim=0).item(), []
     for arm in (*names, "inter"):
         one = agent(**{name[2:]: value for name, value in zip(arms[arm][::2], arms[arm][1::2])})
+        tree_grpo.tree_rollout = learned_rollout() if arm == "learned" else TREE_ROLLOUT
         gradients, signal = [], []
         for step in range(10**5, 10**5 + BATCHES):  # questions that nothing was trained on
             gradients.append(gradient(model, one.credit(step, one.rollout(step)[0])))
@@ -89,11 +102,12 @@ def main() -> None:
     options = parser.parse_args()
     settings = [(experiment, setting, learned) for experiment in options.experiments or EXPERIMENTS
                 for setting, (_, _, told) in EXPERIMENTS[experiment].items()
-                for learned in ((0,) if experiment == "main" else ()) + (LEARNED[told["hard"]],)]
+                for learned in {"main": (0, LEARNED[told["hard"]]), "where": (0,)}.get(experiment, (LEARNED[told["hard"]],))]
     jobs = [(experiment, setting, seed, learned) for experiment, setting, learned in settings for seed in options.seeds]
     rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
-    names = "setting", "policy", "arm", "alignment", "/ chains", "agreement", "leaves with A ≠ 0", "reference"
+    names = ("setting", "policy", "arm", "alignment", "/ chains", "rank test, p", "of each seed", "agreement",
+             "leaves with A ≠ 0", "reference")
     print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
     for _, setting, learned in settings:
         found = {}  # arm -> a list per column, over the seeds in the same order
@@ -104,8 +118,11 @@ def main() -> None:
         for arm, (alignment, agreement, signal, reference) in found.items():
             ratio = [a / c for a, c in zip(alignment, found["chains"][0])]
             policy = f"after {learned} updates" if learned else "warm start"
-            print(f"| {setting} | {policy} | {arm} | {interval(alignment)} | {interval(ratio)} | {interval(agreement)} "
-                  f"| {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
+            against = ["", ""]
+            if arm != "chains":
+                against = [f"{rank_test([r - 1 for r in ratio]):.3f}", ", ".join(f"{r:.2f}" for r in ratio)]
+            cells = [setting, policy, arm, interval(alignment), interval(ratio), *against, interval(agreement)]
+            print(f"| {' | '.join(cells)} | {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
 
 if __name__ == "__main__":
     main()

@@ -67,7 +67,7 @@ class Player(Budgeted, graph_gpo.Player):
             return super().advantages(group)
 
 def centred(values: torch.Tensor, groups: list) -> torch.Tensor:
-    """z_scores without the std; a success returns 10, as in its authors' code, not 1 as here."""
+    """z_scores without the std; a success returns 10, as in its authors' code (tutorial, 3.7), not 1."""
     return 10 * (values.double() - graph_gpo.per_group(groups)(values.double(), "mean"))
 
 def run_seeds(job: tuple) -> None:

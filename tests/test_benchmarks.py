@@ -72,6 +72,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("experiment", learning.EXPERIMENTS)
 def test_learning_tables_follow_from_the_runs(experiment):
+    pytest.importorskip("scipy")
     assert learning.tables(experiment) in (ROOT / "benchmarks" / "results" / "learning.md").read_text(encoding="utf-8")
 
 
@@ -80,6 +81,7 @@ def test_the_table_of_collapses_follows_from_the_runs():
 
 
 def test_interval():
+    pytest.importorskip("scipy")
     # values 1, 2, 3, 4: mean 2.5, variance 5/3, standard error sqrt(5/12); t of 3 degrees of freedom at 97.5 %: 3.182
     assert math.isclose(learning.half_width([1.0, 2.0, 3.0, 4.0]), 3.182 * math.sqrt(5 / 12), rel_tol=1e-3)
     assert learning.interval([0.5, 0.7], "+") == "+0.600 ± 1.271"  # t of one degree of freedom: 12.71
@@ -110,28 +112,45 @@ def test_observations_are_repeated(tmp_path, monkeypatch):
 
 
 def test_treerl_tables_follow_from_the_runs():
+    pytest.importorskip("scipy")
     page = (ROOT / "benchmarks" / "results" / "learning_treerl.md").read_text(encoding="utf-8")
     assert learning_treerl.tables() in page
 
 
 def test_graph_gpo_tables_follow_from_the_runs():
+    pytest.importorskip("scipy")
     page = (ROOT / "benchmarks" / "results" / "learning_graph_gpo.md").read_text(encoding="utf-8")
     assert learning_graph_gpo.tables() in page
 
 
-def test_search_rows_follow_from_the_runs():
-    """Mean pass rate and tokens of the table against those of each model."""
-    rows = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "search.jsonl").read_text().splitlines()]
+def test_search_table_follows_from_the_runs():
+    pytest.importorskip("scipy")
     page = (ROOT / "benchmarks" / "results" / "search.md").read_text(encoding="utf-8")
-    for method in ("chains", "random forks", "MCTS", "EPTree"):
-        for shape in search.SHAPES:
-            cell = re.search(rf"\| as {re.escape(str(shape))} \| {method} \| (\d+) \| ([0-9.]+) ±(.*)\|", page)
-            mine = [row for row in rows if row["method"] == method and tuple(row["budget"]) == shape]
-            assert len(mine) == 3 and float(cell[1]) == pytest.approx(sum(row["tokens"] for row in mine) / 3, abs=0.51)
-            assert float(cell[2]) == pytest.approx(sum(row["pass"] for row in mine) / 3, abs=6e-4)
-            if method != "chains":
-                gaps = re.findall(r"[+-][0-9.]+(?=,| \||$)", cell[3].strip())[-3:]
-                assert [float(gap) for gap in gaps] == pytest.approx([r["pass"] - r["chains"] for r in mine], abs=6e-4)
+    models = search.read_models(ROOT / "benchmarks" / "results")
+    assert {len(model.right) for model in models.values()} == {500}
+    assert search.search_table(list(models.values())) in page
+    for model in models.values():
+        assert f"{model.accuracy():.3f}" in page
+
+
+def test_search_compares_with_chains_at_its_own_tokens(tmp_path):
+    shape = [1, 2, 1, 2]
+    rows = [{"seed": 3, "method": "chains", "tokens": 400.0, "right": [4, 0]},  # so a chain has 10 tokens
+            {"seed": 3, "method": "EPTree", "budget": shape, "tokens": 20.0, "pass": "10"},
+            {"seed": 3, "method": "MCTS", "budget": shape, "tokens": 10.0, "pass": "01"}]
+    (tmp_path / "search.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    [model] = search.read_models(tmp_path).values()
+    two = 1 - 36 / 40 * 35 / 39  # two of 40 chains hold one of the four right ones
+    assert model.accuracy() == pytest.approx(4 / 80)
+    assert model.passed("chains", tuple(shape)) == pytest.approx([two, 0.0])  # as many tokens as EPTree
+    assert model.gaps("EPTree", tuple(shape)) == pytest.approx([1 - two, 0.0])
+    assert model.gaps("MCTS", tuple(shape)) == pytest.approx([-0.1, 1.0])
+
+
+def test_holm():
+    # three times the least; twice the next; the largest is not below that one
+    assert search.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert search.holm([0.6, 0.7]) == [1.0, 1.0]
 
 
 def test_chance_of_a_right_chain():
@@ -202,6 +221,26 @@ def test_graph_gpo_methods_spend_the_budget(house, monkeypatch):
     player = learning_graph_gpo.Player(model, tokenizer, graph_gpo.Args(**vars(args)), graph_gpo.House)
     spent = [player.rollout(step)[1]["env_steps"] for step in range(6)]
     assert abs(sum(spent) / 6 / 150 - 1) < 0.15  # what is missed in one update is made up in the next
+
+
+def test_gigpo_without_the_std():
+    # returns 10, 0: A_E = 5, -5; from "a" 9.5, 0: 4.75, -4.75; "b" is alone; the penalty is 0.1
+    steps = [(graph_gpo.Transition("a", "x", "b", 0), None, 0.0, True),
+             (graph_gpo.Transition("b", "y", graph_gpo.SUCCESS, 0), None, 1.0, True),
+             (graph_gpo.Transition("a", "z", "c", 1), None, 0.0, False)]
+    group = graph_gpo.Group("task", graph_gpo.Node(), [1.0, 0.0], [True, False], steps)
+    player = learning_graph_gpo.Player.__new__(learning_graph_gpo.Player)
+    for method, undivided, expected in (
+            ("gigpo", True, [9.75, 5, -9.85]), ("gigpo", False, [2**0.5, 0.5**0.5]),
+            ("graph_gpo", True, [2**0.5, 0.5**0.5]), ("grpo", True, [0.5**0.5] * 2)):
+        player.args, player.undivided = graph_gpo.Args(method=method), undivided
+        assert player.advantages(group).tolist()[: len(expected)] == pytest.approx(expected)
+
+
+def test_starts_of_a_seed_are_one_observation():
+    runs = ((0, 1.0), (1, 5.0), (0, 3.0), (1, 6.0))
+    pairs = [{"graph_gpo": {"seed": seed, "x": x}} for seed, x in runs]
+    assert learning_graph_gpo.by_seed(pairs, lambda pair: pair["graph_gpo"]["x"]) == [2.0, 5.5]
 
 
 def test_ways_to_handle_prompts_cost_what_they_say(house):

@@ -70,7 +70,7 @@ def test_two_rounds():
 
 def test_flat_tree_still_gets_the_inter_term():
     # Tree 1 all right, tree 2 all wrong: within a tree there is nothing to compare (0), between them there is:
-    # mean 1/2, variance 4/4 / 3 = 1/3, z = +-0.5 * sqrt(3). The authors' code loses exactly this.
+    # mean 1/2, variance 4/4 / 3 = 1/3, z = +-0.5 * sqrt(3): A_intra says nothing here
     z = 0.5 * math.sqrt(3)
     assert advantages([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx([z, z, -z, -z], abs=1e-5)
     assert advantages([1, 1, 0, 0], [0, 0, 1, 1], terms="intra") == [0, 0, 0, 0]
