@@ -500,6 +500,7 @@ def test_ctrl_c_twice(tmp_path):
     arguments = [*SMALL, "--prompts", "80", "--save-every", "100", "--steps", "9", "--out", "out"]  # no step is short
     process = SCRIPT.begin(tmp_path, *arguments)
     wait_for_step(process, tmp_path / "out", 1)
+    time.sleep(0.5)  # the row is written before the step has quite ended; now the next one has begun
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.1)
