@@ -3,14 +3,15 @@
     python benchmarks/gradients.py                  all settings of learning.py; prints a Markdown table
     python benchmarks/gradients.py main --seeds 7   those of one experiment
 
-For each seed and setting there is a policy: the warm start (in "main" and "where"), and the same after some updates of
-GRPO on 4 chains (not in "where"). At each, every arm draws batches that cost the same number of tokens, from questions that the policy was not
-trained on, and the gradient of its loss is taken, without a step. "alignment" is the mean cosine of a batch's gradient
-with the gradient of the expected reward, estimated from many more chains by REINFORCE with leave-one-out baselines;
-"/ chains" is that over the alignment of the chains of the same seed, with Wilcoxon's p of a median of 1. "agreement" is the mean cosine of two batches of
-the arm. Where gradients are mostly noise, alignment grows with the square root of the batch, and agreement with the
-batch; "reference" is the cosine between two halves of the estimate, whose noise lowers all alignments by one factor.
-The arm "inter" is the tree without A_intra.
+For each seed and setting there is a policy: the warm start (in "main" and "where"), and the same after some updates
+of GRPO on 4 chains (not in "where"). At each, every arm draws batches that cost the same number of tokens, from
+questions that the policy was not trained on, and the gradient of its loss is taken, without a step. "alignment" is
+the mean cosine of a batch's gradient with the gradient of the expected reward, estimated from many more chains by
+REINFORCE with leave-one-out baselines; "/ chains" is that over the alignment of the chains of the same seed, with
+Wilcoxon's p of a median of 1. "agreement" is the mean cosine of two batches of the arm. Where gradients are mostly
+noise, alignment grows with the square root of the batch, and agreement with the batch; "reference" is the cosine
+between two halves of the estimate, whose noise lowers all alignments by one factor. The arm "inter" is the tree
+without A_intra.
 """
 
 import argparse
@@ -94,6 +95,11 @@ def measure(job: tuple) -> list[tuple]:
         rows.append((setting, learned, arm, alignment.item(), agreement.item(), statistics.mean(signal), reference))
     return rows
 
+def policies(experiment: str, told: dict) -> tuple[int, ...]:
+    """After how many updates: 0 is the warm start."""
+    after = LEARNED[told["hard"]]
+    return {"main": (0, after), "where": (0,)}.get(experiment, (after,))
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
@@ -102,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     settings = [(experiment, setting, learned) for experiment in options.experiments or EXPERIMENTS
                 for setting, (_, _, told) in EXPERIMENTS[experiment].items()
-                for learned in {"main": (0, LEARNED[told["hard"]]), "where": (0,)}.get(experiment, (LEARNED[told["hard"]],))]
+                for learned in policies(experiment, told)]
     jobs = [(experiment, setting, seed, learned) for experiment, setting, learned in settings for seed in options.seeds]
     rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")

@@ -23,6 +23,7 @@ import io
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -48,7 +49,8 @@ def shapes(M: int, chains: int, group: int) -> dict[str, list]:
 def decisive(turn: int) -> dict:
     return {**BASE, "decisive": turn, "hops": 3}
 
-BASE = {"hard": "late", "decisive": 0, "steps": 100, "budget": 1000, "counted": "generated_tokens", "repeat": 1, "lr": 5e-4}
+BASE = {"hard": "late", "decisive": 0, "steps": 100, "budget": 1000, "counted": "generated_tokens", "repeat": 1,
+        "lr": 5e-4}
 ANYWHERE, ALL = {**BASE, "hard": "anywhere", "steps": 40}, ("tree", "chains", "group", "intra")
 EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and what the run is told
     "main": {"errors anywhere": (shapes(2, 4, 6), ALL, ANYWHERE), "error last": (shapes(2, 4, 6), ALL, BASE)},
@@ -77,7 +79,7 @@ def hard_question(turn: int, rng, held_out: bool) -> tree_grpo.Question:
         where = "Where" if entities[-1] in tree_grpo.CITIES else "Who"
         text = f"{where} is the {' of the '.join(reversed(relations))} of {entities[0]}?"
         mistaken = MISTAKEN[relations[min(turn, 3) - 1]]
-        if mistaken not in relations and (tree_grpo.random.Random(text).random() < 0.2) == held_out:
+        if mistaken not in relations and (random.Random(text).random() < 0.2) == held_out:
             break
     unused = {kind: [e for e in kind if e not in entities] for kind in (tree_grpo.PEOPLE, tree_grpo.CITIES)}
     for names in unused.values():

@@ -397,9 +397,8 @@ def success_gradient(leads: list[list[int]], probs: Tensor) -> tuple[Tensor, flo
     """(gradient of the chance J of success within HORIZON steps with respect to the logits, J)."""
     logits = probs.log().requires_grad_()
     after = torch.tensor(leads)
-    value = torch.zeros(
-        STATES + 2, dtype=torch.float64
-    )  # of each state, of success, and of failure (index -1)
+    # of each state, of success, and of failure (index -1)
+    value = torch.zeros(STATES + 2, dtype=torch.float64)
     value[STATES] = 1
     ends = value[STATES:]
     for _ in range(HORIZON):
@@ -575,11 +574,14 @@ def tokens_table() -> str:
     return table(("decisive tokens, and where the policy is unsure", *list(TOKEN_ARMS)[1:]), lines)
 
 
-def graph_rows(loops: float, K: int, credit: str) -> list[dict]:
-    """The rows of all worlds, in their order."""
-    case = (loops, K, credit)
-    rows = [row for row in read_results() if row["part"] == "graphs"]
-    return [row for row in rows if (row["loops"], row["K"], row["credit"]) == case]
+@functools.cache
+def graphs_map() -> dict[tuple, list[dict]]:
+    """(loops, K, credit) -> the rows of all worlds, in their order."""
+    found = {}
+    for row in read_results():
+        if row["part"] == "graphs":
+            found.setdefault((row["loops"], row["K"], row["credit"]), []).append(row)
+    return found
 
 
 def graphs_table() -> str:
@@ -587,7 +589,7 @@ def graphs_table() -> str:
     cosines."""
     lines = []
     for loops, K in itertools.product(LOOPS, GROUPS):
-        found = {credit: graph_rows(loops, K, credit) for credit in TERMS}
+        found = {credit: graphs_map()[loops, K, credit] for credit in TERMS}
         line = [f"{loops}", str(K), f"{statistics.mean(row['steps'] for row in found['A_E']):.1f}"]
         for credit, rows in found.items():
             if credit != "A_E":
@@ -611,7 +613,7 @@ def pointing(row: dict, groups: int) -> float:
 
 
 def mean_pointing(loops: float, K: int, credit: str, groups: int) -> float:
-    return statistics.mean(pointing(row, groups) for row in graph_rows(loops, K, credit))
+    return statistics.mean(pointing(row, groups) for row in graphs_map()[loops, K, credit])
 
 
 def pointing_table() -> str:
