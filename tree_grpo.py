@@ -14,6 +14,7 @@ import argparse
 import copy
 import dataclasses
 import functools
+import inspect
 import itertools
 import json
 import math
@@ -57,6 +58,7 @@ class Args:
     K: int | None = arg(None, "leaves kept per tree, at random (default: all)", low=1)
     steps: int = arg(60, "training steps")
     prompts: int = arg(16, "prompts per step", low=1)
+    at_once: int = arg(64, "most of --prompts that are searched together: fewer need less memory, more time", low=1)
     epochs: int = arg(1, "gradient steps per batch", low=1)
     lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)
     warmup: int = arg(10, "steps of linear learning rate warm-up")
@@ -134,370 +136,718 @@ def tree_rollout(play, groups: list[tuple], M: int, N: int, L: int, rng: random.
     for _ in range(L if N else 0):
         play([(question, node, tree) for question, root in groups for tree in range(M) for node in
               rng.choices([root, *(n for n in root.below()[1:] if n.children and n.tree == tree)], k=N)])
-# ------------------------------------------- the token tree (a picture: tutorial.md, 0.2), and sampling with shared KV
+# ---------------------------------------------------------------------------------- the token tree
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent. A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between
-    forks (TreeRL), a prompt's end or an action (GraphGPO). `kv`, `hidden`: of its forwarded tokens, while in use."""
+    """A run of tokens below one parent.
+
+    A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between forks (TreeRL), a
+    prompt's end or an action (GraphGPO). `kv`, while in use: the keys and values of the token
+    *above* each of its tokens (of a root: of all but its last), so that whatever begins below a
+    node finds there all but the node's last token, and runs that one again."""
+
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
     sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
-    logps: list[float] = field(default_factory=list)  # the sampler's log-prob at temperature 1; 0 where not sampled
+    logps: list[float] = field(default_factory=list)  # at temperature 1; 0 where not sampled
     children: list["Node"] = field(default_factory=list)
     tree: int = 0  # which of the prompt's trees, that is: from whose trunk it hangs
     reward: float | None = None  # of a leaf
     kv: Tensor | None = None  # (layers, 2, KV heads, tokens, head size)
-    hidden: Tensor | None = None  # (tokens, width), after the last norm; of a root the last token's only
+
     def __post_init__(self):
         if self.parent is not None:
             self.parent.children.append(self)
-    def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None) -> None:
+
+    def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None):
         self.tokens += tokens
         self.sampled += [sampled] * len(tokens)
         self.logps += logps or [0.0] * len(tokens)
-    def path(self) -> list["Node"]:  # from the root to this node
+
+    def path(self) -> list["Node"]:
+        """The nodes from the root to this one."""
         nodes = [self]
         while nodes[-1].parent:
             nodes.append(nodes[-1].parent)
         return nodes[::-1]
-    def below(self) -> list["Node"]:  # this node and all under it, a child with all under it before the next child
-        for i, node in enumerate(nodes := [self]):  # it grows on the way
-            nodes[i + 1 : i + 1] = node.children
+
+    def below(self) -> list["Node"]:
+        """This node and all under it, a child with all under it before the next child."""
+        nodes, stack = [], [self]
+        while stack:
+            nodes.append(stack.pop())
+            stack += reversed(nodes[-1].children)
         return nodes
+
     def leaves(self) -> list["Node"]:
         return [node for node in self.below() if not node.children]
+
     @property
     def cached(self) -> int:
         return 0 if self.kv is None else self.kv.shape[-2]
 
+
 def length(nodes: list[Node]) -> int:
     return sum(len(node.tokens) for node in nodes)
 
+
 def forget(nodes) -> None:  # frees memory; what is needed again is computed again
     for node in nodes:
-        node.kv = node.hidden = None
+        node.kv = None
+
+
+def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    return [row + [pad] * (width - len(row)) for row in rows]
+
 
 def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
-    """The attention that transformers calls in each layer; `tree` is handed through the model's keyword arguments."""
+    """The attention that transformers calls in each layer. `tree`, which is handed through the
+    model's keyword arguments, does it: tree(layer, q, k, v, scaling)."""
     return tree(module.layer_idx, query, key, value, scaling), None
 
-def padded(rows: list[list], pad=0) -> list[list]:
-    width = max(map(len, rows))
-    return [row + [pad] * (width - len(row)) for row in rows]
 
 def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
-def prefill(model, roots: list[Node]) -> None:
-    """Compute the KV of each root's prompt, and the hidden state of its last token, in one batch."""
+
+def products(a: Tensor, b: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """scale a @ b.mT + mask in float32 also of bfloat16, which would round scores and logits to
+    three digits. a: (batch, n, D), b: (batch, m, D). Returns (batch, n, m)."""
+    kind = {"out_dtype": torch.float32}
+    if not a.is_cuda or a.dtype != torch.bfloat16:
+        a, b, kind = full_precision(a), full_precision(b), {}
+    if mask is None:
+        return torch.bmm(a, b.mT, **kind)
+    return torch.baddbmm(mask, a, b.mT, alpha=scale, **kind)
+
+
+# ------------------------------------------------------------------------ sampling with shared KV
+# What follows computes what tests/naive.py does by one forward per path, but fast. Read that first.
+def prefill(model, nodes: list[Node]) -> int:
+    """Compute the KV of the roots above the nodes, where they have none, but for each root's last
+    token, which each branch runs itself. Returns how many tokens that were."""
+    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
+    if not roots:
+        return 0
     layers = []
+
     def attend(layer, q, k, v, scaling):  # causal, so the padding on the right is never seen
         layers.append(torch.stack([k, v]))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True).transpose(1, 2)
-    ids = torch.tensor(padded([root.tokens for root in roots]), device=model.device)
-    hidden = model.model(ids, use_cache=False, tree=attend).last_hidden_state
+        how = {"is_causal": True, "scale": scaling, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
+
+    ids = torch.tensor(padded([root.tokens[:-1] for root in roots]), device=model.device).long()
+    model.model(ids, use_cache=False, tree=attend)
     for i, root in enumerate(roots):
-        root.kv = torch.stack([kv[:, i, :, : len(root.tokens)] for kv in layers])
-        root.hidden = hidden[i, len(root.tokens) - 1 :][:1].clone()
+        root.kv = torch.stack([kv[:, i, :, : len(root.tokens) - 1] for kv in layers])
+    return length(roots) - len(roots)
+
+
+def gather_kv(like: Tensor, paths: list[list[Node]], room: int) -> list[Tensor]:
+    """For each layer the keys and values that the nodes of each path hold, one after the other and
+    zeros after them, (2, KV heads, paths, room, head size). like: some node's kv."""
+    held, slots = [], []
+    for i, path in enumerate(paths):
+        nodes = [node for node in path if node.cached]
+        held += nodes
+        slots += range(i * room, i * room + sum(node.cached for node in nodes))
+    slots = torch.tensor(slots, device=like.device)
+    layers = []
+    for layer in range(len(like)):
+        kv = like.new_zeros(2, like.shape[2], len(paths) * room, like.shape[-1])
+        if held:
+            kv.index_copy_(2, slots, torch.cat([node.kv[layer] for node in held], 2))
+        layers.append(kv.unflatten(2, (len(paths), room)))
+    return layers
+
 
 MOST_SCORES = 2**28  # elements of a score matrix in the sampler
+LOOK = {"cuda": 8}  # how many tokens are drawn before the host looks at them; elsewhere 1
+
+
 class Lanes:
-    """Branches in flight: a row per prompt, a lane per branch. It is itself the attention of every layer.
-    A prompt's KV is held once per row (`shared`); each lane has a block of its own (`own`) with its own length. A new
-    token attends to both: two score matrices, one softmax. Query heads are folded onto their KV head, so shared keys
-    are read once for all lanes of a row. A branch recomputes nothing: its block is copied from the nodes above it."""
+    """Branches in flight: a row per prompt, a lane per branch; lanes left over in a row stay idle.
+
+    A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
+    own, in `own`. A new token attends to both: two score matrices, one softmax.
+
+    Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
+    them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
+
     def __init__(self, model, nodes: list[Node]):
-        self.model, rows = model, {}
+        self.model, self.on_cuda = model, model.device.type == "cuda"
+        rows = {}  # root -> the nodes to be sampled below it
         for node in nodes:
             rows.setdefault(node.path()[0], []).append(node)
         self.set_grid(list(rows.values()))
-        paths = [node.path()[1:] if node else [] for node in self.grid]
-        self.length = [sum(node.cached for node in path) for path in paths]
-        self.new = [[t for node in path for t in node.tokens[node.cached :]] for path in paths]  # not forwarded so far
-        self.prompt = torch.tensor([root.cached for root in rows], device=model.device)
-        first, room = next(iter(rows)), max(n + len(new) for n, new in zip(self.length, self.new)) + 32
-        layers, two, heads, _, size = first.kv.shape
-        self.shared = first.kv.new_zeros(layers, two, len(rows), heads, max(root.cached for root in rows), size)
-        self.own = first.kv.new_zeros(layers, two, len(rows), heads, self.W, room, size)
-        self.hidden = first.hidden.new_zeros(len(paths), room + 1, first.hidden.shape[-1])  # [b, j]: after j own tokens
-        self.hidden[:, 0] = torch.cat([root.hidden for root in rows]).repeat_interleave(self.W, 0)
-        for r, root in enumerate(rows):
-            self.shared[:, :, r, :, : root.cached] = root.kv
-        for b, path in enumerate(paths):
-            at = 0
-            for node in (node for node in path if node.cached):
-                at, start = at + node.cached, at
-                self.own[:, :, b // self.W, :, b % self.W, start:at] = node.kv
-                self.hidden[b, start + 1 : at + 1] = node.hidden
+
+        roots, paths = list(rows), [node.path() if node else [] for node in self.grid]
+        self.length = [sum(node.cached for node in path[1:]) for path in paths]  # slots in use
+        self.new = []  # what is not in them yet, at least one token
+        for path in paths:
+            tokens = [token for node in path for token in node.tokens]
+            self.new.append(tokens[sum(node.cached for node in path) :] or [0])
+        P = max(root.cached for root in roots)
+        S = max(n + len(new) for n, new in zip(self.length, self.new)) + 32
+        self.shared = gather_kv(roots[0].kv, [[root] for root in roots], P)  # (2, h, R, P, D)
+        self.own = gather_kv(roots[0].kv, [path[1:] for path in paths], S)  # (2, h, B, S, D)
+        prompt = torch.tensor([root.cached for root in roots], device=model.device)
+        self.set_buffers(prompt.repeat_interleave(self.W))
+
     def set_grid(self, rows: list[list]) -> None:
-        self.W, self.grid = max(map(len, rows)), [node for row in padded(rows, None) for node in row]
-    def forward(self, new: list[list[int]]) -> int:
-        """Run new[b], maybe nothing, through lane b. Returns how many tokens that were."""
-        (_, _, R, h, W, room, _), P, device = self.own.shape, self.shared.shape[-2], self.model.device
-        B, width, heads = R * W, max(map(len, new)), self.model.config.num_attention_heads
-        most = max(1, MOST_SCORES // (B * heads * (P + room + width)))
-        if width > most:  # long observations go in piece by piece
-            return sum(self.forward([tokens[i : i + most] for tokens in new]) for i in range(0, width, most))
-        start, count = torch.tensor([self.length, [len(tokens) for tokens in new]], device=device)[:, :, None]
-        self.length = [n + len(tokens) for n, tokens in zip(self.length, new)]
-        self.seen = max(self.length)
-        if self.seen >= room:  # the last slot is where pads are written, and is never read
-            more, room = self.seen - room + 64, self.seen + 64
-            self.own, self.hidden = F.pad(self.own, (0, 0, 0, more)), F.pad(self.hidden, (0, 0, 0, more))
-        column, lane = torch.arange(width, device=device), torch.arange(B, device=device)[:, None]
-        slot = start + column
-        to = torch.where(column < count, slot, room - 1)
-        block = torch.arange(B * h, device=device).view(R, h, W).mT.reshape(B, h, 1)
-        self.to = (block * room + to[:, None]).flatten()  # where in a layer's `own` the new keys go, lane by lane
-        later = torch.arange(self.seen, device=device) > slot.view(R, 1, W, 1, width, 1)
-        later = later.expand(-1, h, -1, heads // h, -1, -1).reshape(B * h, -1, self.seen)
-        beyond = (torch.arange(P, device=device) >= self.prompt[:, None]).repeat_interleave(h, 0)[:, None]
-        self.own_mask, self.shared_mask = (self.own.new_zeros(()).where(~m, -torch.inf) for m in (later, beyond))
-        position = slot + self.prompt.repeat_interleave(self.W, output_size=B)[:, None]
-        out = self.model.model(torch.tensor(padded(new), device=device), None, position, use_cache=False, tree=self)
-        self.hidden[lane, to + 1] = out.last_hidden_state
-        return sum(map(len, new))
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q: (lanes, heads, new, size), k and v: (lanes, KV heads, new, size). Returns (lanes, new, heads, size)."""
-        (B, H, n, D), (_, R, h, P, _), W = q.shape, self.shared[layer].shape, self.W
+        self.W = max(map(len, rows))
+        self.grid = [node for row in padded(rows, None) for node in row]
+
+    def set_buffers(self, prompt: Tensor) -> None:
+        """What a step reads and writes, in places that stay; a new recording is due."""
+        self.prompt = prompt  # (B,), how long each lane's prompt is
+        self.at = torch.zeros_like(prompt)  # (B,), the slot of the token to be run next
+        self.token = torch.zeros_like(prompt)  # (B,), that token
+        dtype = torch.promote_types(self.own[0].dtype, torch.float32)
+        self.drawn = torch.zeros(3, len(prompt), dtype=dtype, device=prompt.device)
+        _, h, _, P, _ = self.shared[0].shape
+        beyond = torch.arange(P, device=prompt.device) >= prompt[:: self.W, None]  # (R, P)
+        mask = self.drawn.new_zeros(()).where(~beyond, -torch.inf)
+        self.prompt_mask = mask.repeat(h, 1)[:, None]  # (h R, 1, P)
+        self.graph = None
+
+    def make_room(self, slots: int) -> int:
+        """Room in each lane for so many slots, and one for pads. Returns how many to look at."""
+        S = self.own[0].shape[3]
+        if slots >= S:
+            more = slots + 1 + max(64, S // 2) - S
+            for layer, kv in enumerate(self.own):  # one by one, so that one is there twice at most
+                self.own[layer] = F.pad(kv, (0, 0, 0, more))
+            self.graph = None
+        return self.own[0].shape[3] if self.on_cuda else slots  # what is recorded sees them all
+
+    def catch_up(self) -> None:
+        """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
+        score matrix must not get too large."""
+        keys = self.shared[0].shape[3] + self.own[0].shape[3]
+        heads = self.model.config.num_attention_heads
+        most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
+        while max(map(len, self.new)) > 1:
+            part = [tokens[:-1][:most] for tokens in self.new]
+            counts = [len(tokens) for tokens in part]
+            seen = self.make_room(max(self.length) + max(counts))
+            self.at.copy_(torch.tensor(self.length))
+            ids, count = (torch.tensor(x, device=self.at.device) for x in (padded(part), counts))
+            self.run(ids, count, seen)
+            self.length = [n + more for n, more in zip(self.length, counts)]
+            self.new = [tokens[n:] for n, tokens in zip(counts, self.new)]
+
+    def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
+        """Run ids (B, n), of which the first count[b] are lane b's, from slot at[b] on; of a lane
+        `seen` slots are looked at. Returns the last hidden states, (B, n, width).
+
+        Nothing in here, nor in `step`, hands the device a value or asks it for one: a CUDA graph
+        can be recorded of it."""
+        (B, n), (_, h, _, S, _), device = ids.shape, self.own[0].shape, ids.device
+        g = self.model.config.num_attention_heads // h
+
+        # Token j of lane b goes to slot at[b] + j; a pad to the last slot, which is never seen.
+        column = torch.arange(n, device=device)
+        slot = self.at[:, None] + column  # (B, n)
+        target = torch.where(column < count[:, None], slot, S - 1)
+        block = torch.arange(h * B, device=device).view(h, B).T[:, :, None]
+        target = (block * S + target[:, None]).flatten()  # of (B, h, n) keys in (h B S)
+
+        # It sees its prompt and, in its lane, the slots up to its own.
+        visible = torch.arange(seen, device=device) <= slot[:, :, None]  # (B, n, seen)
+        mask = self.drawn.new_zeros(()).where(visible, -torch.inf)
+        mask = mask[:, None].expand(h, B, g, n, seen).reshape(h * B, g * n, seen)
+
+        attend = functools.partial(self.attend, target, mask)
+        position = slot + self.prompt[:, None]
+        out = self.model.model(ids, position_ids=position, use_cache=False, tree=attend)
+        return out.last_hidden_state
+
+    def attend(self, target, mask, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float):
+        """A layer's attention. q: (B, h g, n, D), k and v: (B, h, n, D). Returns (B, n, h g, D)."""
+        (B, heads, n, D), h, R = q.shape, k.shape[1], self.shared[layer].shape[2]
         for block, new in zip(self.own[layer], (k, v)):
-            block.view(-1, D).index_copy_(0, self.to, new.reshape(-1, D))
-        (shared_k, shared_v), (own_k, own_v) = self.shared[layer].flatten(1, 2), self.own[layer].flatten(1, 3)
-        q = q.reshape(R, W, h, -1).transpose(1, 2).reshape(R * h * W, -1, D)  # by row, KV head, lane
-        shared = torch.baddbmm(self.shared_mask, q.view(R * h, -1, D), shared_k.mT, alpha=scaling)
-        own = torch.baddbmm(self.own_mask, q, own_k[:, : self.seen].mT, alpha=scaling)
-        weights = full_precision(torch.cat([shared.view(len(q), -1, P), own], -1)).softmax(-1).to(v.dtype)
-        shared = weights.view(R * h, -1, P + self.seen)[..., :P] @ shared_v
-        out = torch.baddbmm(shared.view(q.shape), weights[..., P:], own_v[:, : self.seen])
-        return out.view(R, h, W, H // h, n, D).permute(0, 2, 4, 1, 3, 5).reshape(B, n, H, D)
+            block.view(-1, D).index_copy_(0, target, new.reshape(-1, D))
+        shared_k, shared_v = self.shared[layer].flatten(1, 2)  # (h R, P, D)
+        P, seen = shared_k.shape[1], mask.shape[2]
+        own_k, own_v = self.own[layer][..., :seen, :].flatten(1, 2)  # (h B, seen, D)
+
+        # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
+        # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
+        q = q.reshape(B, h, -1, D).transpose(0, 1).reshape(h * B, -1, D)
+        shared = products(q.view(h * R, -1, D), shared_k, self.prompt_mask, scaling)
+        own = products(q, own_k, mask, scaling)
+        scores = torch.cat([shared.view(h * B, -1, P), own], -1)  # (h B, g n, P + seen)
+        weights = scores.softmax(-1).to(v.dtype)
+        out = weights.view(h * R, -1, P + seen)[..., :P] @ shared_v
+        out = torch.baddbmm(out.view(h * B, -1, D), weights[..., P:], own_v)
+        return out.view(h, B, -1, n, D).permute(1, 3, 0, 2, 4).reshape(B, n, heads, D)
+
+    def step(self, seen: int, temperature: float, top_p: float, generator) -> None:
+        """Run each lane's `token` and draw the next. `drawn`: the latter, its log-prob, and the
+        entropy of what it was drawn from, both in nats and at temperature 1."""
+        hidden = self.run(self.token[:, None], torch.ones_like(self.at), seen)
+        head = self.model.lm_head
+        logits = products(hidden.transpose(0, 1), head.weight[None])[0]
+        if head.bias is not None:
+            logits = logits + head.bias
+        logps = logits.log_softmax(-1)
+        token = draw(logits, temperature, top_p, generator)
+        logp = logps.gather(-1, token[:, None])[:, 0]
+        entropy = -(logps.exp() * logps).sum(-1)
+        self.drawn.copy_(torch.stack([token.to(logp.dtype), logp, entropy]))
+        self.token.copy_(token)
+        self.at += 1
+
+    def decode(self, steps: int, temperature: float, top_p: float, generator):
+        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded as a
+        graph and then launched as one. Returns tokens, log-probs, entropies, lists (steps, B)."""
+        seen = self.make_room(max(self.length) + steps)
+        self.at.copy_(torch.tensor(self.length))
+        self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
+        drawn = []
+        for _ in range(steps):
+            if self.graph is not None:
+                self.graph.replay()
+            else:
+                self.step(seen, temperature, top_p, generator)
+            if self.graph is None and self.on_cuda:
+                self.graph = torch.cuda.CUDAGraph()
+                if generator is not None:
+                    self.graph.register_generator_state(generator)
+                with torch.cuda.graph(self.graph):
+                    self.step(seen, temperature, top_p, generator)
+            drawn.append(self.drawn.clone())
+        tokens, logps, entropies = torch.stack(drawn, 1)
+        return tokens.long().tolist(), logps.tolist(), entropies.tolist()
+
     def store(self, b: int) -> None:
         """Copy what lane b computed to its nodes, from which a later branch starts."""
-        at = 0
+        start = 0
         for node in self.grid[b].path()[1:]:
-            end = min(at + len(node.tokens), self.length[b])
-            if node.cached < end - at:
-                node.kv = self.own[:, :, b // self.W, :, b % self.W, at:end].clone()
-                node.hidden = self.hidden[b, at + 1 : end + 1].clone()
-            at = end
+            end = min(start + len(node.tokens), self.length[b])
+            if node.cached < end - start:
+                node.kv = torch.stack([kv[:, :, b, start:end] for kv in self.own])
+            start = end
+
     def shrink(self, live: list[int]) -> list[int]:
-        """Drop the lanes not in `live` if the batch gets a quarter smaller. Returns where the live ones are now."""
-        rows = {r: list(lanes) for r, lanes in itertools.groupby(live, lambda b: b // self.W)}
-        if len(rows) * max(map(len, rows.values())) > 0.75 * len(self.grid):
+        """Drop lanes that are not in `live` if the batch gets a quarter smaller (on CUDA a half, as
+        a step is recorded anew). Returns where the live ones are now."""
+        rows = {}  # row -> its live lanes
+        for b in live:
+            rows.setdefault(b // self.W, []).append(b)
+        size = len(rows) * max(map(len, rows.values()))
+        if size > (0.5 if self.on_cuda else 0.75) * len(self.grid):
             return live
-        kept = torch.tensor(padded(list(rows.values()), live[0]))  # padded with copies that stay idle
-        own = self.own.transpose(3, 4)[:, :, kept // self.W, kept % self.W]
-        self.own, self.shared = own.transpose(3, 4).contiguous(), self.shared[:, :, list(rows)]
-        self.prompt, kept = self.prompt[list(rows)], kept.flatten()
-        self.hidden, self.length = self.hidden[kept], [self.length[b] for b in kept.tolist()]
-        self.set_grid([[self.grid[b] for b in row] for row in rows.values()])
+        grid = [[self.grid[b] for b in row] for row in rows.values()]
+        kept = [b for row in padded(list(rows.values()), live[0]) for b in row]
+        self.set_grid(grid)
+        self.length = [self.length[b] if node else 0 for b, node in zip(kept, self.grid)]
+        self.new = [self.new[b] if node else [0] for b, node in zip(kept, self.grid)]
+        kept, left = (torch.tensor(x, device=self.at.device) for x in (kept, list(rows)))
+        for layer in range(len(self.own)):
+            self.own[layer] = self.own[layer].index_select(2, kept)
+            self.shared[layer] = self.shared[layer].index_select(2, left)
+        self.set_buffers(self.prompt[kept])
         return [b for b, node in enumerate(self.grid) if node]
 
-def draw(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token per row of logits (B, V): temperature first (0: the largest), then top-p. Returns (B,)."""
+
+def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
+    """One token per row of logits (B, V): temperature first (0: the largest), then top-p, the
+    fewest tokens, the likeliest first, that together have so much. Returns (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
-    if top_p < 1:
-        ranked, order = probs.sort(-1, descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # keeps the token that reaches top_p
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked)
-    ends = probs.cumsum(-1, dtype=torch.float64)  # torch.multinomial would draw V random numbers for each token
-    at = ends[:, -1:] * torch.rand(len(ends), 1, dtype=ends.dtype, device=ends.device, generator=generator)
-    return torch.searchsorted(ends, at, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    token = draw_index(probs, generator)
+    # No sort of the vocabulary: a token outside the nucleus is drawn again among those before it.
+    # How often this happens in a row is a Poisson variable of mean -log(top_p), or fewer times: the
+    # rounds below do not suffice with a probability under 1e-9.
+    word = torch.arange(logits.shape[-1], device=logits.device)
+    for _ in range(8 - int(6 * math.log(top_p)) if top_p < 1 else 0):
+        p = probs.gather(-1, token)
+        before = (probs > p) | (probs == p) & (word < token)
+        likelier = probs.where(before, 0)
+        outside = likelier.sum(-1, keepdim=True) >= top_p
+        if not recording(logits) and not outside.any():
+            break
+        token = torch.where(outside, draw_index(likelier, generator), token)
+    return token[:, 0]
+
+
+def recording(x: Tensor) -> bool:  # a CUDA graph, in which nothing can be asked for
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def draw_index(weights: Tensor, generator) -> Tensor:
+    """An index of each row of weights (B, V), drawn in proportion, (B, 1), by one random number;
+    torch.multinomial would draw V of them."""
+    exact = torch.float32 if weights.device.type == "mps" else torch.float64  # mps has no other
+    ends = weights.cumsum(-1, dtype=exact)
+    at = torch.rand(len(ends), 1, dtype=exact, device=ends.device, generator=generator)
+    return torch.searchsorted(ends, ends[:, -1:] * at, right=True).clamp(max=ends.shape[-1] - 1)
+
 
 @torch.inference_mode()
-def sample(model, nodes: list[Node], limits: list[int], stop, eos: set[int],
-           generator: torch.Generator | None, temperature: float, top_p: float, counts: Counter) -> None:
-    """Continue the path of each (new, empty) node, all together, until an end token, `stop(tokens)`, or its limit >= 1.
-    Tokens above it that have no KV yet (a turn's last token, the observation after it) go in first, in one forward;
-    the last token drawn is not forwarded. Adds to counts: forwarded_tokens, generated_tokens, entropy (sum of nats)."""
-    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
-    if roots:
-        prefill(model, roots)
+def sample(
+    model, nodes: list[Node], limits, stop, eos, generator, temperature, top_p, counts, keep=True
+) -> None:
+    """Continue the path of each (new, empty) node, all together, until a token of the set eos,
+    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them.
+
+    Tokens above a node that were not run yet (a turn's last and the observation after it; at a fork
+    the last one above it, again) go in first; the last one drawn is not run. keep: may something
+    begin below the nodes later? Then they keep their keys and values. counts, a Counter, gets more
+    forwarded_tokens, generated_tokens and entropy (the sum over the latter, in nats).
+    FloatingPointError if a log-prob is not finite."""
+    look = LOOK.get(model.device.type, 1)
+    counts["forwarded_tokens"] += prefill(model, nodes)
     lanes = Lanes(model, nodes)
-    counts["forwarded_tokens"] += length(roots) + (lanes.forward(lanes.new) if any(lanes.new) else 0)
-    limit = dict(zip(nodes, limits))
     live = [b for b, node in enumerate(lanes.grid) if node]
-    while True:
-        logits = full_precision(model.lm_head(lanes.hidden[range(len(lanes.grid)), lanes.length]))
-        logps = logits.log_softmax(-1)
-        tokens = draw(logits, temperature, top_p, generator)
-        drawn = logps.gather(-1, tokens[:, None])[:, 0].tolist()
-        if not math.isfinite(sum(drawn)):
+    counts["forwarded_tokens"] += sum(len(lanes.new[b]) for b in live)
+    lanes.catch_up()
+    limit = dict(zip(nodes, limits))
+    while live:
+        tokens, logps, entropies = lanes.decode(look, temperature, top_p, generator)
+        if not math.isfinite(sum(map(sum, logps))):
             raise FloatingPointError("the policy's logits are not finite")
-        entropy, tokens, going = (-(logps.exp() * logps).sum(-1)).tolist(), tokens.tolist(), []
+        going = []
         for b in live:
-            node = lanes.grid[b]
-            node.add([tokens[b]], True, [drawn[b]])
-            counts["generated_tokens"] += 1
-            counts["entropy"] += entropy[b]
-            if tokens[b] in eos or len(node.tokens) >= limit[node] or stop(node.tokens):
+            node, over, i = lanes.grid[b], False, 0
+            while i < look and not over:  # what was drawn after the end is dropped
+                token = tokens[i][b]
+                node.add([token], True, [logps[i][b]])
+                counts["entropy"] += entropies[i][b]
+                over = token in eos or len(node.tokens) >= limit[node] or stop(node.tokens)
+                i += 1
+            counts["generated_tokens"] += i
+            counts["forwarded_tokens"] += i - over
+            lanes.length[b] += i
+            lanes.new[b] = [token]
+            if over and keep:
                 lanes.store(b)
+            if over:
+                lanes.length[b], lanes.new[b] = 0, [0]  # it idles there until the batch shrinks
             else:
                 going.append(b)
-        if not going:
-            return
-        alive = set(live := lanes.shrink(going))
-        new = [node.tokens[-1:] if b in alive else [] for b, node in enumerate(lanes.grid)]
-        counts["forwarded_tokens"] += lanes.forward(new)
-# ----------------------------------------------------------------------- training: trees packed into one row, the loss
+        live = lanes.shrink(going) if going else []
+
+
+# ---------------------------------------------------------- training: trees packed into one row
 class Sample(NamedTuple):
-    """A prompt's part of the loss. `advantages` has a tensor per leaf: one number, or one per sampled token."""
+    """A prompt's part of the loss."""
+
     root: Node
     leaves: list[Node]
-    advantages: list[Tensor]
+    advantages: list[Tensor]  # of each leaf: one number, or one per sampled token
     weight: float  # of the sum over the leaves
 
+
+@dataclass
+class Flat:
+    """The unique tokens of some trees, by segments: runs of tokens without a branch."""
+
+    tokens: list[int] = field(default_factory=list)
+    position: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)  # the place of the token above each
+    segments: list[tuple[int, list[int]]] = field(default_factory=list)  # (tokens, their path)
+    read: list[int] = field(default_factory=list)  # the places of the sampled tokens,
+    logps: list[float] = field(default_factory=list)  # what the sampler says of them,
+    index: dict[Node, range] = field(default_factory=dict)  # and which of them are a node's
+
+
+def flatten(samples: list[Sample]) -> Flat:
+    """The trees of the samples as a row: of each tree all that leads to a leaf of a sample. A
+    segment's path are the places of all tokens from the root to its last."""
+    flat = Flat()
+    for root, items in itertools.groupby(samples, lambda item: item.root):
+        kept = {node for item in items for leaf in item.leaves for node in leaf.path()}
+        stack = [(root, [])]  # the node that begins a segment, and the path above it
+        while stack:
+            node, above = stack.pop()
+            start, children = len(flat.tokens), [node]
+            while len(children) == 1:  # no branch: the segment goes on
+                node = children[0]
+                first = len(flat.read)
+                flat.read += [len(flat.tokens) + j for j, drawn in enumerate(node.sampled) if drawn]
+                flat.logps += [logp for logp, drawn in zip(node.logps, node.sampled) if drawn]
+                flat.index[node] = range(first, len(flat.read))
+                flat.tokens += node.tokens
+                children = [child for child in node.children if child in kept]
+            own = list(range(start, len(flat.tokens)))
+            path = above + own
+            flat.position += range(len(above), len(path))
+            flat.parent += [above[-1] if above else 0] + own[:-1]
+            flat.segments.append((len(own), path))
+            stack += [(child, path) for child in children]
+    return flat
+
+
+def place(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
+    """Segments of like length into buckets, one attention call for each. Returns the buckets,
+    (queries, keys) with the places of the tokens of each segment and of its path, padded; and for
+    each token of the row the number of its query, counted through all buckets."""
+    buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
+    left = sorted(segments, key=lambda segment: segment[0])
+    while left:
+        width = left[-1][0]  # those at least half as long as the longest share a bucket
+        first = sum(2 * own < width for own, _ in left)
+        left, bucket = left[:first], left[first:]
+        for own, path in bucket:
+            number[path[-own] : path[-1] + 1] = range(count, count + own)
+            count += width
+        queries = [path[-own:] + path[-1:] * (width - own) for own, path in bucket]
+        keys = padded([path for _, path in bucket], multiple=8)  # CUDA wants such masks
+        buckets.append((queries, keys))
+    return buckets, number
+
+
+def leaf_paths(samples: list[Sample], index: dict[Node, range], device) -> list[tuple]:
+    """Of each sample, (leaves, length): where in the log-probs a leaf's are, and a mask."""
+    paths = []
+    for item in samples:
+        rows = [[i for node in leaf.path() for i in index[node]] for leaf in item.leaves]
+        places = torch.tensor(padded(rows, -1), device=device).long()
+        paths.append((places.clamp(min=0), places >= 0))
+    return paths
+
+
 class Packed:
-    """Trees as one row of their unique tokens. It is itself the attention of every layer.
-    A segment is a run of tokens without a branch. Its queries see the keys of its path, which are gathered for all
-    segments of like length in one batched call. Path slot j holds the token at position j: visible is j <= position."""
+    """The trees of samples as one row of their unique tokens, on a device.
+
+    A segment's queries see the keys of its path, which are gathered; slot j of a path holds the
+    token at position j, so a query sees the slots up to its own position."""
+
     def __init__(self, samples: list[Sample], device):
-        tokens, position, parent, read, logps, segments, index = [], [], [], [], [], [], {}
-        for root, items in itertools.groupby(samples, lambda item: item.root):
-            kept = {node for item in items for leaf in item.leaves for node in leaf.path()}
-            stack = [(root, [])]
-            while stack:
-                node, above = stack.pop()
-                start, children = len(tokens), [node]
-                while len(children) == 1:
-                    node = children[0]
-                    drawn = [j for j, sampled in enumerate(node.sampled) if sampled]
-                    index[node] = range(len(read), len(read) + len(drawn))
-                    read += [len(tokens) + j for j in drawn]
-                    logps += [node.logps[j] for j in drawn]
-                    tokens += node.tokens
-                    children = [child for child in node.children if child in kept]
-                own = list(range(start, len(tokens)))
-                path = above + own
-                position += range(len(above), len(path))
-                parent += [above[-1] if above else 0] + own[:-1]
-                segments.append((own, path))
-                stack += [(child, path) for child in children]
-        self.ids, self.position = torch.tensor([tokens], device=device), torch.tensor([position], device=device)
-        self.buckets, self.inverse, at = [], torch.zeros(len(tokens), dtype=torch.long), 0
-        segments.sort(key=lambda segment: len(segment[0]))
-        while segments:  # those at least half as long as the longest share a call
-            width = len(segments[-1][0])
-            cut = sum(2 * len(own) < width for own, _ in segments)
-            segments, bucket = segments[:cut], segments[cut:]
-            for own, _ in bucket:
-                self.inverse[own[0] : own[-1] + 1] = torch.arange(at, at + len(own))
-                at += width
-            queries = torch.tensor([own + own[:1] * (width - len(own)) for own, _ in bucket], device=device)
-            keys = torch.tensor(padded([path for _, path in bucket]), device=device)
-            visible = torch.arange(keys.shape[1], device=device) <= self.position[0, queries][:, :, None]
-            self.buckets.append((queries, keys, visible))
-        self.inverse = self.inverse.to(device)
-        self.target = self.ids[0, read]  # the tokens that have a log-prob, and the one above each, where it is read
-        self.read = torch.tensor([parent[t] for t in read], device=device)
-        self.sampler_logps = torch.tensor(logps, device=device)
-        self.paths = []  # per prompt (leaves, length): where in the log-probs a leaf's sampled tokens are, and a mask
-        for leaves in (item.leaves for item in samples):
-            rows = torch.tensor(padded([[i for n in leaf.path() for i in index[n]] for leaf in leaves], -1)).to(device)
-            self.paths.append((rows.clamp(min=0), rows >= 0))
-    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """q: (1, heads, tokens, size), k and v: (1, KV heads, tokens, size). Returns (1, tokens, heads, size)."""
-        H, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
-        if layer == 0:  # one mask for all layers; of a boolean one SDPA would make, and keep, one in each
-            self.masks = [v.new_zeros(1).where(m.repeat(1, H // h, 1), -torch.inf)[:, None] for *_, m in self.buckets]
-        q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # in which their gradients are summed
+        def on_device(numbers):
+            return torch.tensor(numbers, device=device).long()
+
+        flat = flatten(samples)
+        self.samples = samples
+        self.ids, self.position = on_device([flat.tokens]), on_device([flat.position])
+        self.target = on_device([flat.tokens[t] for t in flat.read])  # has a log-prob, which is
+        self.read = on_device([flat.parent[t] for t in flat.read])  # read at the token above it
+        self.sampler_logps = torch.tensor(flat.logps, device=device)
+        self.paths = leaf_paths(samples, flat.index, device)
+
+        buckets, number = place(flat.segments)
+        self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
+        self.number = on_device(number)
+
+        lengths = list(zip(*((own, len(path)) for own, path in flat.segments)))
+        self.keys = on_device([place for _, path in flat.segments for place in path])
+        self.starts = [on_device([0, *itertools.accumulate(n)]).int() for n in lengths]
+        self.longest = [max(n) for n in lengths]
+
+    def attention(self, dtype: torch.dtype, groups: int):
+        """The layers' attention, attend(layer, q, k, v, scaling), in this dtype and with so many
+        query heads on a KV head."""
+        kernel = varlen_kernel() if dtype == torch.bfloat16 and self.ids.is_cuda else None
+        if kernel is not None:
+            return functools.partial(self.attend_without_masks, kernel)
+        masks = []
+        for queries, keys in self.buckets:  # for all layers
+            slot = torch.arange(keys.shape[1], device=keys.device)
+            visible = slot <= self.position[0, queries][:, :, None]
+            mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
+            masks.append(mask.repeat(1, groups, 1)[:, None])  # (segments, 1, g width, path)
+        return functools.partial(self.attend, masks)
+
+    def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
+        heads, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
+        # In float32 the gradients that a token gets from the segments below it are summed, on a CPU
+        # in a fixed order; with x[keys] instead of index_select it would be any.
+        q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # (tokens, ., D)
         out = []
-        for (queries, keys, _), mask in zip(self.buckets, self.masks):  # x[keys] would sum them in any order
-            (n, width), P = queries.shape, keys.shape[1]
-            folded = q.index_select(0, queries.flatten()).view(n, width, h, -1, D).movedim(1, 3).reshape(n, h, -1, D)
-            ks, vs = (x.index_select(0, keys.flatten()).view(n, P, h, D).transpose(1, 2) for x in (k, v))
-            o = F.scaled_dot_product_attention(folded.to(dtype), ks.to(dtype), vs.to(dtype), mask, scale=scaling)
-            out.append(o.view(n, h, H // h, width, D).movedim(3, 1).reshape(n * width, H, D))
-        return torch.cat(out).index_select(0, self.inverse)[None]
+        for (queries, keys), mask in zip(self.buckets, masks):
+            (segments, width), P = queries.shape, keys.shape[1]
+            qs = q.index_select(0, queries.flatten()).view(segments, width, h, -1, D)
+            qs = qs.movedim(1, 3).reshape(segments, h, -1, D)  # (segments, h, g width, D)
+            ks, vs = (
+                x.index_select(0, keys.flatten()).view(segments, P, h, D).transpose(1, 2)
+                for x in (k, v)
+            )
+            qs, ks, vs = qs.to(dtype), ks.to(dtype), vs.to(dtype)
+            o = F.scaled_dot_product_attention(qs, ks, vs, mask, scale=scaling)
+            out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
+        return torch.cat(out).index_select(0, self.number)[None]
+
+    def attend_without_masks(self, kernel, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling):
+        """The same by one kernel: a segment's queries are neighbours, and are its path's last."""
+        q = q[0].transpose(0, 1).to(v.dtype).contiguous()
+        k, v = (
+            full_precision(x[0].transpose(0, 1)).index_select(0, self.keys).to(v.dtype)
+            for x in (k, v)
+        )
+        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}  # causal
+        return kernel(q, k, v, *self.starts, *self.longest, **how)[None]
+
+
+@functools.cache
+def varlen_kernel():
+    """torch's attention over sequences of any lengths, or None before torch 2.12, where it lacks
+    an argument."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
+
 
 def packed_logps(model, packed: Packed) -> Tensor:
-    """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), by one forward over unique tokens, in
-    the order of packing: packed.paths tells where each leaf's are. The head runs only where one of them is predicted,
-    in chunks that the backward pass computes again, so that (tokens x vocabulary) logits never exist at once."""
-    hidden = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=packed).last_hidden_state
+    """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), in their order;
+    packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
+    where a sampled token is predicted, in chunks that the backward pass computes again, so that
+    (tokens, vocabulary) logits never exist at once."""
+    device = model.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
+    groups = model.config.num_attention_heads // model.config.num_key_value_heads
+    attend = packed.attention(dtype, groups)
+    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=attend)
+
     def logps(hidden, target):
-        return -F.cross_entropy(full_precision(model.lm_head(hidden)), target, reduction="none")
+        logits = full_precision(model.lm_head(hidden))
+        return -F.cross_entropy(logits, target, reduction="none")
+
     rows = max(1, 2**26 // model.config.vocab_size)
-    chunks = list(zip(hidden[0].index_select(0, packed.read).split(rows), packed.target.split(rows)))
+    hidden = out.last_hidden_state[0].index_select(0, packed.read)
+    chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
         return logps(*chunks[0])
-    return torch.cat([torch.utils.checkpoint.checkpoint(logps, *chunk, use_reentrant=False) for chunk in chunks])
+    again = functools.partial(torch.utils.checkpoint.checkpoint, logps, use_reentrant=False)
+    return torch.cat([again(*chunk) for chunk in chunks])
 
-def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantages: Tensor, mask: Tensor,
-              clip_low: float = 0.2, clip_high: float = 0.2, kl_coef: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned: to be minimised).
-    Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A) + kl_coef (exp(q - p) - (q - p) - 1), where
-    r = exp(logp - old_logp), p = logp, q = ref_logp. Returns the sum over sequences of the mean over each sequence's
-    own sampled tokens (0 for one without any): divide it by the prompt's sequences, then by the prompts of the step.
-    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else is read. advantages:
-    (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL, ValueError unless kl_coef is 0. The stats
-    are sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their gradient), kl (nats)."""
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
+
+    Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
+    + kl_coef (exp(q - p) - (q - p) - 1), where r = exp(logp - old_logp), p = logp, q = ref_logp.
+    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
+    without any): divide it by the prompt's sequences, then by the prompts of the step.
+    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
+    is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
+    ValueError unless kl_coef is 0. The stats are sums over sampled tokens, to be added over calls:
+    tokens, clipped (the clip takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
-    advantages = advantages[:, None] if advantages.dim() == 1 else advantages
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
     advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
+
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
-    plain, clipped = ratio * advantages, ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    gap = (logp.detach() if ref_logp is None else ref_logp).sub(logp).masked_fill(~mask, 0)
+    plain = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(plain, clipped)
+
+    gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
+    gap = gap.masked_fill(~mask, 0)
     kl = gap.exp() - gap - 1
-    loss = -torch.minimum(plain, clipped) + (kl_coef * kl if kl_coef else 0)
+    if kl_coef:
+        loss = loss + kl_coef * kl
     stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
     return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
 
+
 def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Consecutive samples that are packed into at most max_tokens tokens, or a single larger one."""
-    batches, tokens = [], math.inf
+    """Consecutive samples that are packed into at most max_tokens tokens, or a larger one alone."""
+    batches, tokens = [], 0
     for item in samples:
         size = length({node for leaf in item.leaves for node in leaf.path()})
-        tokens += size - (len(item.root.tokens) if batches and batches[-1][-1].root is item.root else 0)
-        if tokens > max_tokens:
-            batches, tokens = [*batches, []], size
+        same_root = bool(batches) and batches[-1][-1].root is item.root
+        added = size - len(item.root.tokens) if same_root else size
+        if not batches or tokens + added > max_tokens:
+            batches.append([])
+            tokens, added = 0, size
         batches[-1].append(item)
+        tokens += added
     return batches
 
+
+def batch_loss(logps, old_logps, ref_logps, packed: Packed, args) -> tuple[Tensor, dict]:
+    """The loss of packed samples, and the sums of grpo_loss's stats; the log-probs as packed."""
+    loss, sums = 0.0, {}
+    for item, (index, mask) in zip(packed.samples, packed.paths):
+
+        def of_leaves(x):  # (leaves, length)
+            return x.index_select(0, index.flatten()).view_as(index)
+
+        given = [a.reshape(-1) for a in item.advantages]
+        advantages = torch.nn.utils.rnn.pad_sequence(given, batch_first=True).to(logps.device)
+        ref = None if ref_logps is None else of_leaves(ref_logps)
+        clip_and_kl = args.clip_low, args.clip_high, args.kl_coef
+        part, stats = grpo_loss(
+            of_leaves(logps), of_leaves(old_logps), ref, advantages, mask, *clip_and_kl
+        )
+        loss = loss + item.weight * part
+        for name, value in stats.items():
+            sums[name] = sums.get(name, 0) + value
+    return loss, sums
+
+
 def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float | None]:
-    """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction, grad_norm, sampler_gap,
-    the sampler's log-probs against the trainer's (None: no step). FloatingPointError before a step breaks weights."""
+    """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction,
+    grad_norm, and sampler_gap, the mean distance of the sampler's log-probs from the trainer's
+    (None: no step). FloatingPointError before a step would break the weights."""
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
         samples = [item for item in samples if any(a.any() for a in item.advantages)]
-    batches = [(batch, Packed(batch, model.device)) for batch in micro_batches(samples, args.micro_tokens)]
-    old, ref, sums = [], [], Counter(loss=0.0, norm=0.0)
+    batches = [Packed(batch, model.device) for batch in micro_batches(samples, args.micro_tokens)]
+    old_logps, ref_logps = [], []
+    sums = dict.fromkeys(("loss", "norm", "tokens", "clipped", "kl", "gap"), 0.0)
+    autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
     for epoch in range(args.epochs if batches else 0):
-        for i, (batch, packed) in enumerate(batches):
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-                logps, loss = packed_logps(model, packed), 0.0
+        for i, packed in enumerate(batches):
+            with autocast(enabled=args.dtype == "bfloat16"):
+                logps = packed_logps(model, packed)
                 if epoch == 0:  # no step taken yet, so these are the old policy's
-                    old.append(logps.detach())
-                    ref.append(packed_logps(reference, packed).detach() if reference else None)
-                    sums.update(gap=float((old[i] - packed.sampler_logps).abs().sum()), drawn=len(logps))
-            for item, (index, mask) in zip(batch, packed.paths):
-                A = torch.nn.utils.rnn.pad_sequence([a.reshape(-1) for a in item.advantages], True).to(logps.device)
-                logp = logps.index_select(0, index.flatten()).view_as(index)
-                part, stats = grpo_loss(logp, old[i][index], ref[i][index] if reference else None, A, mask,
-                                        args.clip_low, args.clip_high, args.kl_coef)
-                loss = loss + part * item.weight
-                sums.update({name: float(value) for name, value in stats.items()})
+                    old_logps.append(logps.detach())
+                    ref_logps.append(None)
+                    sums["gap"] += (old_logps[i] - packed.sampler_logps).abs().sum()
+                if epoch == 0 and reference is not None:
+                    with torch.no_grad():
+                        ref_logps[i] = packed_logps(reference, packed)
+            loss, stats = batch_loss(logps, old_logps[i], ref_logps[i], packed, args)
             loss.backward()
-            packed.masks = None  # large, and made anew by the next forward; other micro-batches need the room
-            sums["loss"] += float(loss.detach()) / args.epochs
-        sums["norm"] += (norm := float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))) / args.epochs
+            sums["loss"] += loss.detach() / args.epochs
+            for name, value in stats.items():
+                sums[name] += value
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        sums["norm"] += norm / args.epochs
         if not math.isfinite(sums["loss"] + norm):
-            raise FloatingPointError(f"loss {sums['loss']}, gradient norm {norm}")
+            raise FloatingPointError(f"loss {sums['loss']:g}, gradient norm {norm:g}")
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    tokens, drawn = max(1, sums["tokens"]), max(1, sums["drawn"])
-    return {"loss": sums["loss"], "kl": sums["kl"] / tokens if reference else None, "grad_norm": sums["norm"],
-            "clip_fraction": sums["clipped"] / tokens, "sampler_gap": sums["gap"] / drawn if batches else None}
+    sums = {name: float(value) for name, value in sums.items()}
+    tokens, drawn = max(1, sums["tokens"]), max(1, sum(map(len, old_logps)))
+    return {
+        "loss": sums["loss"],
+        "kl": sums["kl"] / tokens if reference is not None else None,
+        "grad_norm": sums["norm"],
+        "clip_fraction": sums["clipped"] / tokens,
+        "sampler_gap": sums["gap"] / drawn if batches else None,
+    }
+
+
 # ---------------------------------------------------------------------------------------- the agent and its search tool
 class BM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over passages, pairs of title and text; words in lower case."""
     def __init__(self, passages: list[tuple[str, str]]):
         self.passages, self.found, lengths = passages, {}, []  # found: word -> (passage numbers, term frequencies)
-        for i, passage in enumerate(passages):
+        for i, passage in enumerate(tqdm(passages, "index", unit="passage", leave=False, delay=1)):
             words = Counter(re.findall(r"\w+", " ".join(passage).lower()))
             lengths.append(float(words.total()))
             for word, n in words.items():
@@ -615,6 +965,7 @@ class Agent:
                         live.append((question, Node(node, tree=node.tree)))
                         continue
                 node.reward = outcome_reward([self.text(n) for n in node.path()[1:]], question.answers)
+                forget([node])  # nothing begins below a leaf
     def rollout(self, step: int):
         """The trees of one training step: ((question, root) pairs, what to log of them)."""
         args, rng = self.args, random.Random(f"{self.args.seed}/{step}")
@@ -622,9 +973,11 @@ class Agent:
         built_in = (make_question(rng, args.hops, args.hard, False) for _ in range(args.prompts))
         groups = [(question, self.root(question)) for question in batch_of(self.training, step, args) or built_in]
         counts = Counter(generated_tokens=0, forwarded_tokens=0, tool_calls=0, entropy=0.0)
-        tree_rollout(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), groups,
-                     args.M, args.N if args.method == "tree_grpo" else 0, args.L, rng)
-        forget(node for _, root in groups for node in root.below())
+        for i in range(0, len(groups), args.at_once):
+            part = groups[i : i + args.at_once]
+            tree_rollout(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts), part,
+                         args.M, args.N if args.method == "tree_grpo" else 0, args.L, rng)
+            forget(node for _, root in part for node in root.below())
         rewards = torch.tensor([leaf.reward for _, root in groups for leaf in root.leaves()])
         counts["entropy"] /= counts["generated_tokens"]
         return groups, {"reward": rewards.mean().item(), "success": (rewards > 0.5).float().mean().item(), **counts}
@@ -758,21 +1111,104 @@ def prompt_root(model, tokenizer, text: str) -> Node:
     return root
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """Model, its attention being token_tree, and tokenizer, from a hub id or a folder. BadInput blames `flag`."""
+    """A causal LM whose layers all attend to everything before, by token_tree, and its tokenizer,
+    from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for weights
+    that do not fit the model, which would be random numbers instead."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    enable_progress_bars()  # of downloads, which the line above switches off as well
     AttentionInterface.register("token_tree", token_tree)
+    how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="token_tree")
+        model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         if not tokenizer("a")["input_ids"]:
             raise ValueError("the tokenizer is missing")
-    except Exception as error:  # noqa: BLE001 (no such folder, no weights, no network, an unknown architecture ...)
-        raise BadInput(f"{flag} {path}: no model and tokenizer to be loaded there ({str(error)[:150]})") from None
-    if model.config.model_type not in ("qwen2", "qwen3") or set(model.config.layer_types) != {"full_attention"}:
-        raise BadInput(f"{flag} {path}: take a Qwen2, Qwen2.5 or Qwen3 with full attention in all layers")
-    return model.to(device).eval(), tokenizer
+    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
+        reason = f"no model and tokenizer to be loaded there ({str(error)[:150]})"
+        raise BadInput(f"{flag} {path}: {reason}") from None
+    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+    if getattr(model.config, "sliding_window", None):
+        kinds.add("sliding_attention")
+    others = " and ".join(sorted(kinds - {"full_attention"}))
+    for kind in ("missing", "unexpected", "mismatched"):
+        if names := info[f"{kind}_keys"]:
+            reason = f"weights are {kind}: {len(names)}, such as {min(map(str, names))}"
+            raise BadInput(f"{flag} {path}: {reason}; give a whole checkpoint")
+    if others:
+        reason = f"its {others} keeps no keys and values that branches could share"
+        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
+    model = model.to(device).eval()
+    try:
+        gap = engine_gap(model)
+    except Exception as error:  # noqa: BLE001 (it is not built as a Qwen or a Llama is)
+        gap = f"{type(error).__name__}: {str(error)[:100]}"
+    if not isinstance(gap, float) or not gap < 1e-3:
+        reason = f"with shared keys and values its log-probs are others ({gap})"
+        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
+    return model, tokenizer
+
+@torch.no_grad()
+def engine_gap(model) -> float:
+    """How far the log-probs of the sampler and of the packed trainer are from those that the model
+    gives by an attention of transformers, for a few tokens."""
+    root = Node()
+    root.add([i % model.config.vocab_size for i in range(8)])
+    leaf, how = Node(root), (lambda tokens: False, set(), None, 0.0, 1.0, Counter())
+    sample(model, [leaf], [4], *how, keep=False)
+    packed = Packed([Sample(root, [leaf], [], 1.0)], model.device)
+    ours = torch.tensor([leaf.logps, packed_logps(model, packed).tolist()])
+    model.set_attn_implementation("eager")
+    ids = torch.tensor([root.tokens + leaf.tokens], device=model.device)
+    logps = model(ids, use_cache=False).logits[0, 7:-1].log_softmax(-1)
+    model.set_attn_implementation("token_tree")
+    return (ours - logps.gather(-1, ids[0, 8:, None])[:, 0].cpu()).abs().max().item()
+
+
+def in_bfloat16(model):
+    """The model with its parameters in bfloat16; not its buffers, as RoPE needs float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def memory_needed(
+    model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int
+) -> float:
+    """About how many GB a run takes at its peak if all rollouts get as long as they may.
+
+    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
+    their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
+    c, size = model.config, 2 if args.dtype == "bfloat16" else 4
+    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    parameters = sum(p.numel() for p in model.parameters())
+    copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
+    weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
+
+    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * D * size  # of a token
+    sampling = kv * (2 * prompts * prompt + lanes * (1.5 * tokens + 96) + leaves * tokens)
+    sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
+
+    packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
+    layer = 58 * c.hidden_size + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token
+    if args.grad_checkpointing:
+        layer = layer / c.num_hidden_layers + 4 * c.hidden_size
+    training = packed * layer * c.num_hidden_layers + 16 * min(2**26, packed * c.vocab_size)
+    training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
+    return (weights + max(sampling, training)) / 1e9
+
+
+def opening(model, args, data: str, **shape: int) -> str:
+    """A run's first line. shape: as memory_needed takes it."""
+    where = model.device.type
+    where = torch.cuda.get_device_name(model.device) if where == "cuda" else where
+    parameters = sum(p.numel() for p in model.parameters())
+    gb = memory_needed(model, args, **shape)
+    return f"{parameters:,} parameters, {where}, {args.dtype}; {data}; at most about {gb:.1f} GB"
+
 
 def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
     """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
@@ -851,18 +1287,36 @@ def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= last_step]
 
-def train(args, state: dict | None, model, policy, reference, tokenizer, rollout, credit, evaluate, picture) -> None:
-    """The loop of all three scripts; what a method does in its own way comes in as functions: rollout(step) -> (groups,
-    what to log), credit(step, groups) -> samples for the loss, evaluate() -> what to log, picture(groups, samples) ->
-    (file name, Mermaid). `policy` samples: `model`, or its copy in bfloat16. state: a checkpoint's; None: a new run."""
+def train(
+    args,
+    state: dict | None,
+    model,
+    policy,
+    reference,
+    tokenizer,
+    rollout,
+    credit,
+    evaluate,
+    picture,
+) -> None:
+    """The loop of all three scripts. What a method does in its own way comes in as functions:
+    rollout(step) -> (groups, what to log), credit(step, groups) -> samples for the loss,
+    evaluate() -> what to log, picture(groups, samples) -> (file name, Mermaid). `policy` samples:
+    `model`, or its copy in bfloat16. state: a checkpoint's; None: a new run."""
     out, first, interrupts = Path(args.out), state["step"] if state else 0, []
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+
     def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
         with open(out / name, mode) as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
+
     def measure(step: int) -> None:
-        log(row := {"event": "eval", "step": step, **evaluate()})
-        tqdm.write(f"step {step}: held-out success {row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy")
+        row = {"event": "eval", "step": step, **evaluate()}
+        log(row)
+        sampled, greedy = row["success"], row["greedy_success"]
+        tqdm.write(f"step {step}: held-out success {sampled:.3f} sampled, {greedy:.3f} greedy")
+
     if state:
         optimizer.load_state_dict(state["optimizer"])
         log(*read_metrics(out, first), name="metrics.tmp", mode="w")
@@ -873,22 +1327,38 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     if not read_metrics(out):
         measure(0)
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
-    def interrupted(*signalled) -> None:  # by Ctrl-C: finish the step, save and exit; by a second one: exit at once
-        signal.default_int_handler(*signalled) if interrupts else interrupts.append(bar.set_description("stopping"))
+
+    def interrupted(*signalled) -> None:
+        """Ctrl-C: finish the step, save and exit; by a second one exit at once."""
+        if interrupts:
+            signal.default_int_handler(*signalled)
+        interrupts.append(signalled)
+        bar.set_description("stopping")
+
     before = signal.signal(signal.SIGINT, interrupted)
     for step in bar:
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(model.device)
         began = time.perf_counter()
         lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
         groups, row = rollout(step)
         samples = credit(step, groups)
-        row = {"event": "train", "step": step + 1, **row, **update(model, reference, optimizer, samples, args)}
-        for copied, master in zip(policy.parameters(), model.parameters() if policy is not model else ()):
-            copied.data.copy_(master.data)
-        row.update(lr=lr, seconds=time.perf_counter() - began)
-        log(row)
+        sampled = time.perf_counter()
+        row.update(update(model, reference, optimizer, samples, args), lr=lr)
+        if policy is not model:
+            for copied, master in zip(policy.parameters(), model.parameters()):
+                copied.data.copy_(master.data)
+        ended = time.perf_counter()
+        row["seconds"] = ended - began
+        row["seconds_sampling"], row["seconds_training"] = sampled - began, ended - sampled
+        row["peak_gb"] = None  # known on CUDA only
+        if model.device.type == "cuda":
+            row["peak_gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
+        log({"event": "train", "step": step + 1, **row})
         name, text = picture(groups, samples)
         (out / name).write_text(text, encoding="utf-8", errors="replace")
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, {row['generated_tokens'] / row['seconds']:.0f} tokens/s")
+        speed = row["generated_tokens"] / row["seconds"]
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
         last = step + 1 == args.steps
         if args.eval_every and (step + 1) % args.eval_every == 0:
             measure(step + 1)
@@ -904,15 +1374,19 @@ def train(args, state: dict | None, model, policy, reference, tokenizer, rollout
     tokenizer.save_pretrained(out / "final")
 
 def held_out_success(agent) -> dict[str, float]:
-    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and greedily."""
-    right, n = Counter(), agent.args.eval_batch
+    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
+    greedily."""
+    right, n, tasks = Counter(), agent.args.eval_batch, agent.held_out
+    bar = tqdm(total=2 * len(tasks), desc="evaluation", unit="task", leave=False, delay=1)
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(agent.held_out), n):
-            starts = [(task, agent.root(task), 0) for task in agent.held_out[i : i + n]]
+        for i in range(0, len(tasks), n):
+            starts = [(task, agent.root(task), 0) for task in tasks[i : i + n]]
             agent.play(starts, generator, temperature, 1.0, Counter())
             right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-    return {name: solved / len(agent.held_out) for name, solved in right.items()}
+            bar.update(len(starts))
+    bar.close()
+    return {name: solved / len(tasks) for name, solved in right.items()}
 
 def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]) -> str:
     """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
@@ -967,7 +1441,7 @@ def main(argv: list[str]) -> None:
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
         agent = Agent(model, tokenizer, args, training, held_out)
-        for question in training + held_out:
+        for question in tqdm(training + held_out, "prompts", unit="prompt", leave=False, delay=1):
             agent.root(question)  # raises BadInput if a prompt does not fit
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -977,14 +1451,23 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
     if not folder:
         model, tokenizer = built_in_model(args, device, out / "start")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, up to a second, for every new shape
     if args.grad_checkpointing:  # newer versions of transformers call it activation checkpointing
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
-    policy = model if args.dtype == "float32" else copy.deepcopy(model)
-    for parameter in policy.parameters() if policy is not model else ():  # not the buffers: RoPE needs float32
-        parameter.data = parameter.data.to(torch.bfloat16)
+    policy = model if args.dtype == "float32" else in_bfloat16(copy.deepcopy(model))
+    if reference is not None and device.type == "cuda" and policy is not model:
+        reference = in_bfloat16(reference)
     agent = Agent(policy, tokenizer, args, training, held_out)
+    data = f"{len(training) or 'built-in'} questions to train on, {len(held_out)} held out"
+    trees = max(args.eval_batch, min(args.prompts, args.at_once) * args.M)
+    N = args.N if args.method == "tree_grpo" else 0
+    print(opening(
+        model, args, data, prompts=max(args.eval_batch, min(args.prompts, args.at_once)),
+        prompt=max(len(agent.root(question).tokens) for question in training + held_out),
+        lanes=trees * max(1, N), leaves=trees * (1 + N * args.L),
+        tokens=args.max_turns * (args.turn_tokens + args.info_tokens) - args.info_tokens), flush=True)
     train(args, state, model, policy, reference, tokenizer, agent.rollout, agent.credit,
           functools.partial(held_out_success, agent), agent.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens", "tool_calls"))

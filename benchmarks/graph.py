@@ -45,6 +45,7 @@ class Alone(Player):
 
 def compute_nothing(model, nodes, counts) -> None:
     """In the place of compute(): sample() itself computes the prompts, each a root."""
+    counts["prompt_tokens_sampling"] += length(nodes)
 
 def iteration(way: str, model, tokenizer, args, step: int) -> dict[str, float]:
     """Tokens and seconds of one iteration, sampling and training, of one way."""
@@ -60,8 +61,7 @@ def iteration(way: str, model, tokenizer, args, step: int) -> dict[str, float]:
     end, graph_gpo.compute = time.perf_counter(), original
     packed = sum(length({node for item in batch for leaf in item.leaves for node in leaf.path()[:-1]})
                  for batch in graph_gpo.micro_batches(samples, args.micro_tokens))
-    actions = sum(len(action.tokens) - 1 for group in groups for _, action, *_ in group.steps)  # its last is not needed
-    return {"steps": row["env_steps"], "sampling": row["forwarded_tokens"] - actions, "training": packed,
+    return {"steps": row["env_steps"], "sampling": row["prompt_tokens_sampling"], "training": packed,
             "sampling_s": middle - began, "training_s": end - middle}
 
 def sharing(repeats: int, trained: int) -> None:

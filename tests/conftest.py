@@ -14,6 +14,7 @@ import pytest
 import torch
 
 pytest.register_assert_rewrite("outside")
+from naive import path_logps
 from outside import ENVIRONMENT, FORKING, make_models
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -43,14 +44,6 @@ def tiny_qwen(kind: str, dtype=torch.float32, vocab_size: int = 50):
     return model, plain
 
 
-def plain_logps(plain, path) -> torch.Tensor:
-    """Log-probs of the sampled tokens of a path (root to leaf), by an ordinary forward of that path alone."""
-    tokens = torch.tensor([[token for node in path for token in node.tokens]], device=plain.device)
-    sampled = torch.tensor([drawn for node in path for drawn in node.sampled], device=plain.device)[1:]
-    logps = plain(tokens).logits[0, :-1].log_softmax(-1)
-    return logps.gather(-1, tokens[0, 1:, None])[:, 0][sampled]
-
-
 def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
     """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put together."""
     n, small, statistic, cells = sum(counts), [0, 0.0], 0.0, 0
@@ -71,7 +64,7 @@ def assert_stored_logps(plain, leaves, tolerance):
     for leaf in leaves:
         stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
         with torch.no_grad():
-            found.append(plain_logps(plain, leaf.path()))
+            found.append(path_logps(plain, leaf.path()))
         stored = torch.tensor(stored, dtype=found[-1].dtype, device=found[-1].device)
         assert torch.allclose(stored, found[-1], atol=tolerance, rtol=0)
     return found
@@ -99,11 +92,13 @@ def assert_each_token_is_forwarded_once(model, grow):
         if all(0 not in node.tokens for node in nodes):
             break
     assert all(0 not in node.tokens for node in nodes)
-    tokens, leaves = sum(len(node.tokens) for node in nodes), sum(len(root.leaves()) for root in roots)
-    # but for the leaves' last tokens all of them, and once
-    assert seen.total() - seen[0] == tokens - leaves == counts["forwarded_tokens"]
+    # each token once, but the last of a node once for each branch below it: not at all for a leaf's. In all these are
+    # as many as there are tokens, less one per root, for there are as many nodes below a node as nodes that are no root
+    tokens = sum(len(node.tokens) for node in nodes)
+    assert seen.total() - seen[0] == tokens - len(roots) == counts["forwarded_tokens"]
     assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
-    expected = Counter(token for node in nodes for token in (node.tokens if node.children else node.tokens[:-1]))
+    expected = Counter(token for node in nodes for token in node.tokens[:-1])
+    expected += Counter(node.parent.tokens[-1] for node in nodes if node.parent)
     del seen[0]
     assert seen == expected
 

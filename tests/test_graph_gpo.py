@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_exact_on_cuda, assert_stored_logps, chi_square, plain_logps
+from conftest import assert_exact_on_cuda, assert_stored_logps, chi_square
+from naive import path_logps
 from outside import make_qwen3
 
 import graph_gpo
@@ -757,7 +758,7 @@ def test_stored_logps_are_those_of_a_plain_forward(make, architecture, dtype, to
         assert len({tuple(prompt.tokens) for prompt in group.root.children}) == len(group.root.children)
         assert {*group.root.leaves()} == {node for _, node, *_ in group.steps}
         assert not any(any(node.sampled) for node in (group.root, *group.root.children))
-        assert all(node.kv is node.hidden is None for node in group.root.below())
+        assert all(node.kv is None for node in group.root.below())
 
 
 def test_kv_of_actions_is_let_go_after_each_step(make):
@@ -765,7 +766,7 @@ def test_kv_of_actions_is_let_go_after_each_step(make):
     earlier, read = [], player.action
 
     def action(node):
-        assert all(node.kv is node.hidden is None for node in earlier) and node.hidden is not None
+        assert all(node.kv is None for node in earlier) and node.kv is None
         assert node.parent.kv is not None  # what may be met again stays
         earlier.append(node)
         return read(node)
@@ -779,7 +780,8 @@ def test_kv_of_actions_is_let_go_after_each_step(make):
 @pytest.mark.parametrize("kept", [0, 200_000])
 def test_each_prompt_is_forwarded_once(make, architecture, kept):
     """Counted at the embedding, where pads have id 0, in rollouts in which the policy never draws that before an end.
-    With --kept-tokens 0 once in a wave of steps, by default once at all; the text above all prompts of a task once."""
+    With --kept-tokens 0 once in a wave of steps, by default once at all; the text above all prompts of a task once.
+    What begins below another text runs that one's last token: it comes once for each."""
     player, _ = make(architecture, kept_tokens=kept)
     seen = Counter()
     player.model.model.embed_tokens.register_forward_hook(
@@ -794,14 +796,14 @@ def test_each_prompt_is_forwarded_once(make, architecture, kept):
         raise AssertionError("no such rollouts")
     expected, new = Counter(), 0
     for group in groups:
-        expected.update(group.root.tokens)
+        expected.update(group.root.tokens[:-1])
     in_waves = [list(dict.fromkeys(node.parent for _, _, node, *_ in wave)) for wave in waves(groups)]
     for prompt in itertools.chain(*in_waves) if kept == 0 else dict.fromkeys(itertools.chain(*in_waves)):
-        expected.update(prompt.tokens)
+        expected.update(prompt.parent.tokens[-1:] + prompt.tokens[:-1])
         new += len(prompt.tokens)
     for group in groups:
         for _, node, *_ in group.steps:
-            expected.update(node.tokens[:-1])
+            expected.update(node.parent.tokens[-1:] + node.tokens[:-1])
     steps = [node for group in groups for _, node, *_ in group.steps]
     assert len(steps) > sum(map(len, in_waves)) > sum(len(group.root.children) for group in groups)  # both share
     del seen[0]
@@ -927,9 +929,9 @@ def test_update_is_that_of_separate_sequences(make, architecture, dtype, toleran
     loss, tokens, kl_sum = 0.0, 0, 0.0
     for group in groups:
         for (_, node, *_), A in zip(group.steps, player.advantages(group)):
-            logps = plain_logps(plain, node.path())
+            logps = path_logps(plain, node.path())
             with torch.no_grad():
-                gap = plain_logps(plain_reference, node.path())
+                gap = path_logps(plain_reference, node.path())
             gap = gap - logps
             kl = gap.exp() - gap - 1
             part = ((logps - logps.detach()).exp() * A - kl_coef * kl).mean()

@@ -13,6 +13,7 @@ from outside import (
     BAD_ARGUMENTS,
     BAD_FOLDERS,
     COLUMNS,
+    MACHINE,
     NASTY,
     README,
     Script,
@@ -36,7 +37,7 @@ SCRIPT = Script(graph_gpo)
 ENVS = SCRIPT.path.parent / "envs"
 ROLLOUT = {"reward", "success", "entropy", "env_steps", "generated_tokens", "forwarded_tokens", "prompt_tokens",
            "prompt_tokens_sampling", "prompt_tokens_training"}  # what is known of a step before it is trained on
-KEYS = ROLLOUT | {"event", "step", "loss", "kl", "clip_fraction", "grad_norm", "sampler_gap", "lr", "seconds"}
+KEYS = ROLLOUT | {"event", "step", "loss", "kl", "clip_fraction", "grad_norm", "sampler_gap", "lr", *MACHINE}
 FIGURE_1 = {"progress_in_failed", "waste_in_successful"}
 SMALL = ["--sft-steps", "12", "--K", "4", "--tasks", "3", "--max-steps", "6", "--max-tokens", "8", "--eval-tasks", "4",
          "--save-every", "1"]
@@ -266,7 +267,7 @@ def test_a_seed_decides_on_everything(quick_run, whole, tmp_path):
     told = [*SMALL, *FIVE, "--model", whole[0] / "start", "--device", "cpu"]
     for seed, out in ((0, "same"), (1, "other")):
         assert quick_run(tmp_path, *told, "--steps", "2", "--seed", seed, "--out", out).returncode == 0
-    assert rows_without(tmp_path / "same", "seconds")[:3] == rows_without(whole[0], "seconds")[:3]
+    assert rows_without(tmp_path / "same", *MACHINE)[:3] == rows_without(whole[0], *MACHINE)[:3]
     ours, theirs = metrics(tmp_path / "other", "train"), metrics(whole[0], "train")
     assert all(row["loss"] != was["loss"] and row["entropy"] != was["entropy"] for row, was in zip(ours, theirs))
     before = [metrics(folder, "eval")[0] for folder in (tmp_path / "other", whole[0])]
@@ -292,7 +293,7 @@ def test_evaluations_on_the_way_change_no_step(quick_run, whole, tmp_path):
     assert quick_run(tmp_path, *told).returncode == 0
     events = [(row["event"], row["step"]) for row in metrics(tmp_path / "out")]
     assert events == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2), ("train", 3), ("eval", 3)]
-    rows, expected = (rows_without(folder, "seconds") for folder in (tmp_path / "out", whole[0]))
+    rows, expected = (rows_without(folder, *MACHINE) for folder in (tmp_path / "out", whole[0]))
     assert [*rows[:3], rows[4]] == expected[:4]
 
 def test_a_run_that_breaks_its_weights_stops_and_says_so(quick_run, whole, tmp_path):
@@ -379,7 +380,7 @@ def test_credit_is_all_that_differs_between_methods(usual, step):
 def test_kept_prompts_only_save_work(usual, step):
     computed, rarely = step("--kept-tokens", "0"), step("--kept-tokens", "20")
     for row in (computed, rarely):
-        for name in KEYS - {"seconds", "event", "forwarded_tokens", "prompt_tokens_sampling"}:
+        for name in KEYS - {*MACHINE, "event", "forwarded_tokens", "prompt_tokens_sampling"}:
             assert row[name] == pytest.approx(usual[name], rel=1e-4, abs=1e-6), name
     for name in ("forwarded_tokens", "prompt_tokens_sampling"):
         assert usual[name] < rarely[name] < computed[name]
@@ -411,7 +412,7 @@ def test_tasks_whose_returns_are_equal_are_replaced(quick_run, walk, worlds, tmp
     assert [row["grad_norm"] for row in rows] == pytest.approx([0, 0], abs=1e-6)
 
 def test_tasks_whose_returns_differ_are_not_replaced(usual, step):
-    assert {**step("--dynamic-sampling", "9"), "seconds": 0} == {**usual, "seconds": 0}
+    assert {**step("--dynamic-sampling", "9"), **MACHINE} == {**usual, **MACHINE}
 
 def test_one_rollout_and_one_task(step):
     row = step("--K", "1", "--tasks", "1", "--beta-graph", "0")

@@ -17,6 +17,7 @@ from outside import (
     BAD_FOLDERS,
     EMPTY,
     FOREIGN,
+    MACHINE,
     NASTY,
     Script,
     assert_bfloat16,
@@ -388,7 +389,7 @@ def test_a_server_that_hangs_up(serve):
 
 # -------------------------------------------------------------------------------------------------------- command line
 KEYS = {"event", "step", "reward", "success", "generated_tokens", "forwarded_tokens", "tool_calls", "loss", "kl",
-        "entropy", "grad_norm", "seconds"}
+        "entropy", "grad_norm", "lr", "sampler_gap", *MACHINE}
 # Just enough supervised steps that some leaves earn more than others: without that all advantages and gradients are 0.
 SMALL = ["--sft-steps", "20", "--prompts", "2", "--eval-prompts", "4", "--turn-tokens", "16", "--save-every", "1"]
 FIVE = ["--steps", "5", "--epochs", "2", "--lr", "0.003", "--warmup", "2"]

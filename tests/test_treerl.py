@@ -13,9 +13,9 @@ from conftest import (
     assert_exact_on_cuda,
     assert_stored_logps,
     chi_square,
-    plain_logps,
     tiny_qwen,
 )
+from naive import path_logps
 
 import treerl
 from treerl import (
@@ -193,7 +193,7 @@ def test_fork_points_are_the_least_likely_tokens():
 def branch(parent, logps, tree=0, tokens=None):
     node = Node(parent, tree=tree)
     node.add(tokens or [10 + i for i in range(len(logps))], True, logps)
-    node.kv, node.hidden = torch.randn(2, 2, 1, len(logps) - 1, 3), torch.randn(len(logps) - 1, 5)
+    node.kv = torch.randn(2, 2, 1, len(logps), 3)
     return node
 
 
@@ -239,8 +239,7 @@ def test_split_keeps_everything():
     node = branch(root, [-1.0, -2, -3, -4])
     node.tree = 3
     below = [branch(node, [-1.0, -1]), branch(node, [-1.0, -1])]
-    node.kv, node.hidden = torch.randn(2, 2, 1, 4, 3), torch.randn(4, 5)
-    kv, hidden = node.kv, node.hidden
+    kv = node.kv
     rest = split(node, 1)
     assert node.children == [rest]
     assert (node.tokens, rest.tokens) == ([10], [11, 12, 13]) and (node.logps, rest.logps) == ([-1], [-2, -3, -4])
@@ -248,11 +247,10 @@ def test_split_keeps_everything():
     assert rest.children == below and all(child.parent is rest for child in below)
     assert rest.parent is node and node.parent is root and root.children == [node]
     assert torch.equal(torch.cat([node.kv, rest.kv], -2), kv)
-    assert torch.equal(torch.cat([node.hidden, rest.hidden]), hidden)
     assert (node.cached, rest.cached) == (1, 3)
     leaf = below[0]
     leaf.reward = 1.0
-    assert split(leaf, 1).reward == 1.0 and leaf.reward is None and leaf.children[0].cached == 0
+    assert split(leaf, 1).reward == 1.0 and leaf.reward is None and leaf.children[0].cached == 1
     assert len(root.leaves()) == 2  # splitting adds none
 
 
@@ -466,7 +464,7 @@ def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture,
         A = torch.nn.utils.rnn.pad_sequence(item.advantages, True)
         loss = loss + item.weight * grpo_loss(logps[index], logps[index].detach(), None, A, mask)[0]
         for leaf, advantage in zip(item.leaves, item.advantages):
-            own = plain_logps(plain, leaf.path())
+            own = path_logps(plain, leaf.path())
             separate = separate - item.weight * ((own - own.detach()).exp() * advantage).mean()
     loss.backward()
     separate.backward()
@@ -627,7 +625,7 @@ def test_prompts_are_searched_so_many_at_once():
         assert [problem.text for problem, _ in groups] == list("01234")
         for _, root in groups:
             assert {leaf.tree for leaf in root.leaves()} == {0, 1} and 2 <= len(root.leaves()) <= 10
-            assert all(node.kv is node.hidden is None for node in root.below())
+            assert all(node.kv is None for node in root.below())
         assert widths[0] <= lanes / 2 and max(widths) <= lanes * 4  # prompts; then T N = 4 branches for each trunk
 
 
@@ -639,7 +637,7 @@ def test_random_forks_are_anywhere_allowed():
         play, _ = scripted(random.Random(0), [10])
         solver.root = lambda problem, root=root: root
         solver.model = type("Model", (), {"device": "cpu"})
-        solver.play = lambda starts, *_, play=play: play(starts)
+        solver.play = lambda starts, *_, play=play, keep: play(starts)
         solver.answer_at = lambda problem, leaf: 6
         solver.search([None], random.Random(seed), Counter())
         trunk = root.children[0]
