@@ -42,9 +42,12 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------------- arguments
 class BadInput(ValueError):
-    """What the user gave cannot be used; the script prints the message as one line and exits with status 2."""
+    """What the user gave cannot be used: the script prints this as one line and exits with 2."""
+
+
 def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple | None = None):
     return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
+
 
 @dataclass
 class Args:
@@ -83,23 +86,41 @@ class Args:
     out: str = arg("", "folder to write (default: runs/<script>-<time>)")
     resume: str = arg("", "folder of a run to continue (--steps may be raised)")
 
+
 def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). Raises BadInput with one line."""
+    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
+    one line if it is none."""
+
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
+
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
-        kind = next(t for t in (bool, int, float, str) if t is f.type or t in getattr(f.type, "__args__", ()))
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "choices": f.metadata["choices"]}
-        shown = f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
-        parser.add_argument("--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how)
+        kind = next(
+            t
+            for t in (bool, int, float, str)
+            if t is f.type or t in getattr(f.type, "__args__", ())
+        )
+        how = (
+            {"action": "store_true"}
+            if kind is bool
+            else {"type": kind, "choices": f.metadata["choices"]}
+        )
+        shown = (
+            f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
+        )
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how
+        )
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         low, high = cls.__dataclass_fields__[name].metadata["range"]
         if not isinstance(value, str) and not low <= value <= high:
             raise BadInput(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
     return cls(**given), set(given)
+
+
 # ------------------------------------------------------------------------------------------------- TreeRL: the method
 def step_rewards(parents: Sequence[int], leaf_rewards: Mapping[int, float]) -> Tensor:
     """Process reward R(s) = (G_A(s) + L_A(s)) / sqrt(|L(s)|) of each node s of one prompt's tree (TreeRL).
@@ -825,17 +846,14 @@ def batch_loss(logps, old_logps, ref_logps, packed: Packed, args) -> tuple[Tenso
     """The loss of packed samples, and the sums of grpo_loss's stats; the log-probs as packed."""
     loss, sums = 0.0, {}
     for item, (index, mask) in zip(packed.samples, packed.paths):
-
-        def of_leaves(x):  # (leaves, length)
-            return x.index_select(0, index.flatten()).view_as(index)
-
+        of_leaves = [
+            None if x is None else x.index_select(0, index.flatten()).view_as(index)
+            for x in (logps, old_logps, ref_logps)
+        ]
         given = [a.reshape(-1) for a in item.advantages]
         advantages = torch.nn.utils.rnn.pad_sequence(given, batch_first=True).to(logps.device)
-        ref = None if ref_logps is None else of_leaves(ref_logps)
-        clip_and_kl = args.clip_low, args.clip_high, args.kl_coef
-        part, stats = grpo_loss(
-            of_leaves(logps), of_leaves(old_logps), ref, advantages, mask, *clip_and_kl
-        )
+        limits = args.clip_low, args.clip_high, args.kl_coef
+        part, stats = grpo_loss(*of_leaves, advantages, mask, *limits)
         loss = loss + item.weight * part
         for name, value in stats.items():
             sums[name] = sums.get(name, 0) + value
@@ -970,12 +988,13 @@ class Solver:
         def anywhere(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
             return rng.sample(places := allowed.nonzero().flatten().tolist(), min(n, len(places)))
         groups = [(problem, self.root(problem)) for problem in problems]
+        N = args.N if args.method != "chainrl" else 0
         for i in range(0, len(groups), args.at_once):
             part = groups[i : i + args.at_once]
-            N, waves = args.N if args.method != "chainrl" else 0, itertools.count()
-            eptree(lambda starts: self.play(starts, generator, args.temperature, args.top_p, counts,
-                                            keep=N > 0 and next(waves) < args.L),
-                   part, args.M, N, args.L, args.T, self.answer_at,
+            left = iter(range(args.L if N else 0, -1, -1))  # rounds of forks after each wave
+            def play(starts, left=left):
+                self.play(starts, generator, args.temperature, args.top_p, counts, keep=next(left) > 0)
+            eptree(play, part, args.M, N, args.L, args.T, self.answer_at,
                    anywhere if args.method == "random" else fork_points)
             forget(node for _, root in part for node in root.below())
         return groups
@@ -1071,40 +1090,66 @@ def read_problems(path: str) -> list[Problem]:
         raise BadInput(f"--data {path}: its answers are compared by a package; pip install math-verify")
     return found
 
+
 def read_records(path: str, parse, wanted: str) -> list:
-    """The items that parse(record) lists for each record of a file, a JSON list or JSON lines. BadInput names the file,
-    and the line of a record that is no JSON or that parse fails on; `wanted` says what such a record should be."""
+    """The items that parse(record) lists for each record of a file, a JSON list or JSON lines.
+    BadInput names the file, and the line of a record that is no JSON or that parse fails on;
+    `wanted` says what such a record should be."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig").rstrip()
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file") from None
+        raise BadInput(
+            f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file"
+        ) from None
     found, start, at, end = [], 0, 0, len(text)
     if text.lstrip()[:1] == "[":
         at, end = text.index("[") + 1, len(text) - text.endswith("]")
     try:
-        while (start := re.compile(r"[\s,]*").match(text, at).end()) < end:  # record by record, to know their lines
+        while (
+            start := re.compile(r"[\s,]*").match(text, at).end()
+        ) < end:  # record by record, to know their lines
             record, at = json.JSONDecoder().raw_decode(text, start)
             found += parse(record)
         if end == len(text) and text.lstrip()[:1] == "[":
             raise json.JSONDecodeError("the list is not closed", text, end)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:  # JSON's own is a ValueError
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RecursionError,
+    ) as error:  # JSON's own is a ValueError
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
-        raise BadInput(f"--data {path}, line {line}: this is no whole JSON record of {wanted}") from None
+        raise BadInput(
+            f"--data {path}, line {line}: this is no whole JSON record of {wanted}"
+        ) from None
     if len(found) < 2:
-        raise BadInput(f"--data {path}: {len(found)} records of use; give two or more, to train on and to hold out")
+        raise BadInput(
+            f"--data {path}: {len(found)} records of use; give two or more, as one is held out"
+        )
     return found
 
+
 def batch_of(data: list, step: int, args) -> list:
-    """A training step's part of the data, or [] if there is none: each pass over it is in an order of its own."""
+    """A training step's part of the data, or [] if there is none. Each pass over it has an order of
+    its own."""
     numbers, n = range(step * args.prompts, (step + 1) * args.prompts), len(data)
-    orders = {e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n) for e in {i // n for i in numbers if n}}
+    orders = {
+        e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n)
+        for e in {i // n for i in numbers if n}
+    }
     return [data[orders[i // n][i % n]] for i in numbers if n]
 
+
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
-    return tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)["input_ids"]
+    return tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)[
+        "input_ids"
+    ]
+
 
 def prompt_root(model, tokenizer, text: str) -> Node:
-    """A new root with a prompt, in the model's chat template if it has one. BadInput if the context has no room."""
+    """A new root with a prompt, in the model's chat template if it has one. BadInput if the context
+    has no room."""
     context = model.config.max_position_embeddings
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": text}]
@@ -1112,8 +1157,11 @@ def prompt_root(model, tokenizer, text: str) -> Node:
     root = Node()
     root.add(encode(tokenizer, text))
     if len(root.tokens) >= context:
-        raise BadInput(f"--model: its context of {context} tokens is too short for {text[-60:]!r}; take another")
+        raise BadInput(
+            f"--model: a context of {context} tokens is too short for {text[-60:]!r}; take another"
+        )
     return root
+
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
     """A causal LM whose layers all attend to everything before, by token_tree, and its tokenizer,
@@ -1156,6 +1204,7 @@ def load_model(path: str, device: torch.device, flag: str = "--model"):
         raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
     return model, tokenizer
 
+
 @torch.no_grad()
 def engine_gap(model) -> float:
     """How far the log-probs of the sampler and of the packed trainer are from those that the model
@@ -1194,7 +1243,10 @@ def memory_needed(
     weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
 
     kv = 2 * c.num_hidden_layers * c.num_key_value_heads * D * size  # of a token
-    sampling = kv * (2 * prompts * prompt + lanes * (1.5 * tokens + 96) + leaves * tokens)
+    room = 33
+    while room <= tokens:  # as Lanes.make_room does
+        room += 1 + max(64, room // 2)
+    sampling = kv * (2 * prompts * prompt + lanes * room + leaves * tokens)
     sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
 
     packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
@@ -1216,28 +1268,48 @@ def opening(model, args, data: str, **shape: int) -> str:
 
 
 def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the given `tokens`."""
+    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
+    given `tokens`."""
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging
+
     logging.disable_progress_bar()
-    tokenizer = Qwen2Tokenizer({t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, [])
+    tokenizer = Qwen2Tokenizer(
+        {t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, []
+    )
     tokenizer.add_tokens(tokens)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, eos_token_id=0,
-        initializer_range=0.08)  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32768,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        initializer_range=0.08,
+    )  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
+
 def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on all demonstrations (paths to a leaf): policy gradient with advantage 1 is imitation."""
+    """Supervised steps on all demonstrations (paths to a leaf): a policy gradient with advantage 1
+    is imitation."""
     n = len(paths) // max(1, args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
-        optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3)
-        samples = [Sample(path[0], path[-1:], [torch.ones(())], 1 / n) for path in paths[n * step : n * (step + 1)]]
+        optimizer.param_groups[0]["lr"] = lr * min(
+            1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3
+        )
+        samples = [
+            Sample(path[0], path[-1:], [torch.ones(())], 1 / n)
+            for path in paths[n * step : n * (step + 1)]
+        ]
         update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
+
 
 def calculator_model(args, device: torch.device, folder: Path):
     """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
@@ -1257,36 +1329,61 @@ def calculator_model(args, device: torch.device, folder: Path):
     return model, tokenizer
 # -------------------------------------------------------------------------------------------------- the training loop
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, renamed when whole; random states and the place in the data follow from step."""
+    """The state after `step` steps, renamed when whole; random states and the place in the data
+    follow from step."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    torch.save({"script": Path(__file__).name, "step": step, "args": vars(args), "optimizer": optimizer.state_dict()},
-               temporary / "state.pt")
+    torch.save(
+        {
+            "script": Path(__file__).name,
+            "step": step,
+            "args": vars(args),
+            "optimizer": optimizer.state_dict(),
+        },
+        temporary / "state.pt",
+    )
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
 
+
 def resume_run(args, given: set[str]):
-    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). Raises BadInput."""
+    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). BadInput if
+    there is no such run, or one that cannot go on like this."""
     try:
         folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         script, saved = state["script"], state["args"]
     except Exception:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder") from None
+        raise BadInput(
+            f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder"
+        ) from None
     if script != Path(__file__).name:
-        raise BadInput(f"--resume {args.resume}: this is a run of {script}; continue it with that script")
-    run = saved | {"out": args.resume, "resume": args.resume} | {n: vars(args)[n] for n in given & {"steps", "device"}}
+        raise BadInput(
+            f"--resume {args.resume}: this is a run of {script}; continue it with that script"
+        )
+    run = (
+        saved
+        | {"out": args.resume, "resume": args.resume}
+        | {n: vars(args)[n] for n in given & {"steps", "device"}}
+    )
     if differs := [name for name in sorted(given) if getattr(args, name) != run.get(name)]:
-        raise BadInput(f"--{differs[0].replace('_', '-')}: this run began with {run.get(differs[0])!r}; leave it out")
+        flag, began = differs[0].replace("_", "-"), run.get(differs[0])
+        raise BadInput(f"--{flag}: this run began with {began!r}; leave it out")
     return type(args)(**run), str(folder), state
+
 
 def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
     """The rows of metrics.jsonl up to a step, without a line that a killed run left unfinished."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [row for line in lines if line.endswith("}") and (row := json.loads(line))["step"] <= last_step]
+    return [
+        row
+        for line in lines
+        if line.endswith("}") and (row := json.loads(line))["step"] <= last_step
+    ]
+
 
 def train(
     args,
@@ -1374,6 +1471,7 @@ def train(
     model.save_pretrained(out / "final")
     tokenizer.save_pretrained(out / "final")
 
+
 def held_out_success(agent) -> dict[str, float]:
     """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
     greedily."""
@@ -1389,25 +1487,47 @@ def held_out_success(agent) -> dict[str, float]:
     bar.close()
     return {name: solved / len(tasks) for name, solved in right.items()}
 
-def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]) -> str:
-    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by its value's sign."""
+
+def mermaid(
+    nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]
+) -> str:
+    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by
+    its value's sign."""
     lines = ["```mermaid", "flowchart TD"]
     for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
-        text = "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in " ".join(text.split())[:160])
-        color = "fff" if value is None else "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
-        lines += [f'    n{i}["{text}{note and "<br>" + note}"]', f"    style n{i} fill:#{color},color:#000"]
+        text = "".join(
+            f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c
+            for c in " ".join(text.split())[:160]
+        )
+        color = (
+            "fff" if value is None else "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
+        )
+        lines += [
+            f'    n{i}["{text}{note and "<br>" + note}"]',
+            f"    style n{i} fill:#{color},color:#000",
+        ]
         trunk = f"|tree {node.tree + 1}|" * (node.parent is nodes[0])
         lines += [f"    n{nodes.index(node.parent)} -->{trunk} n{i}"] if i else []
     return "\n".join([*lines, "```", ""])
 
+
 def summary(out: Path, *counted: str) -> str:
     """The closing lines of a run, from its metrics; `counted` are the columns to add up."""
-    evals, steps = ([row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train"))
-    gains = (f"{evals[0][name]:.3f} -> {evals[-1][name]:.3f} {words}"
-             for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy")))
-    totals = ", ".join(f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted)
-    return (f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
-            f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}")
+    evals, steps = (
+        [row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train")
+    )
+    gains = (
+        f"{evals[0][name]:.3f} -> {evals[-1][name]:.3f} {words}"
+        for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy"))
+    )
+    totals = ", ".join(
+        f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted
+    )
+    return (
+        f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
+        f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}"
+    )
+
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
@@ -1461,13 +1581,12 @@ def main(argv: list[str]) -> None:
         shown = [f"{k.replace('_', ' '):34}{v:{',' if isinstance(v, int) else '.4f'}}" for k, v in [*row.items()][2:]]
         return print(*shown, f"metrics in {out / 'metrics.jsonl'}", sep="\n")
     data = f"{len(training) or 'built-in'} problems to train on, {len(held_out)} held out"
-    trees = max(args.eval_batch, min(args.prompts, args.at_once) * args.M)
-    N = args.N if args.method != "chainrl" else 0
+    prompts, N = min(args.prompts, args.at_once), args.N if args.method != "chainrl" else 0
     print(opening(
-        model, args, data, prompts=max(args.eval_batch, min(args.prompts, args.at_once)),
+        model, args, data, prompts=max(args.eval_batch, prompts),
         prompt=max(len(solver.root(problem).tokens) for problem in training + held_out),
-        lanes=trees * max(1, N * args.T), leaves=trees * (1 + N * args.L * args.T), tokens=args.max_tokens),
-        flush=True)
+        lanes=max(args.eval_batch, prompts * args.M * max(1, N * args.T)),
+        leaves=prompts * args.M * (1 + N * args.L * args.T), tokens=args.max_tokens), flush=True)
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
           functools.partial(held_out_success, solver), solver.picture)
     print(summary(out, "generated_tokens", "forwarded_tokens"))

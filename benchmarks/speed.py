@@ -139,10 +139,10 @@ def new_root(prompt: int, rng: random.Random) -> Node:
     return root
 
 def draw(model, nodes: list[Node], tokens: int, generator: torch.Generator) -> None:
-    """tree_grpo.sample with nothing that ends a node early."""
-    counts = Counter()
+    """tree_grpo.sample with nothing that ends a node early, and nothing to begin below it."""
+    counts, how = Counter(), (lambda tokens: False, set(), generator, 1.0, 1.0)
     attend(model, "token_tree")
-    tree_grpo.sample(model, nodes, [tokens] * len(nodes), lambda tokens: False, set(), generator, 1.0, 1.0, counts)
+    tree_grpo.sample(model, nodes, [tokens] * len(nodes), *how, counts, keep=False)
     assert counts["generated_tokens"] == len(nodes) * tokens
 
 # --------------------------------------------------------------------------------------------------------- A. sampling
@@ -273,9 +273,20 @@ def packed_backward(model, samples: list[Sample], old: list[torch.Tensor] | None
     logps = [logps[index] for index, _ in packed.paths]
     return backward(model, samples, logps, old or [x.detach() for x in logps], [mask for _, mask in packed.paths])
 
+def varied(samples: list[Sample], seed: int) -> list[Sample]:
+    """The same trees, with runs of tokens up to a tenth longer. In training no two calls have the same shapes, and on CUDA
+    a new one may cost more than the work."""
+    rng, copies = random.Random(seed), {}
+    for root in dict.fromkeys(item.root for item in samples):
+        for node in root.below():
+            copy_of = copies[node] = Node(copies.get(node.parent), node.tokens[:], node.sampled[:], node.logps[:])
+            for _ in range(rng.randint(0, len(node.tokens) // 10)):
+                copy_of.add(random_tokens(1, rng), node.sampled[-1])
+    return [item._replace(root=copies[item.root], leaves=[copies[leaf] for leaf in item.leaves]) for item in samples]
+
 def compare(model, samples: list[Sample], repeats: int, device: torch.device) -> tuple[list[float], float]:
-    """Path tokens / unique tokens; then seconds, then MiB at the peak, packed and padded, forward and backward with all
-    that prepares them. Besides the distance of the two gradients, relative to their length."""
+    """Path tokens / unique tokens; then seconds, of fresh trees in each repeat, then MiB at the peak, packed and padded,
+    forward and backward with all that prepares them. Besides the distance of the two gradients, relative to their length."""
     paths = [leaf.path() for item in samples for leaf in item.leaves]
     ratio = sum(map(tree_grpo.length, paths)) / tree_grpo.length({node for path in paths for node in path})
     packed = Packed(samples, device)
@@ -299,7 +310,17 @@ def compare(model, samples: list[Sample], repeats: int, device: torch.device) ->
     if device.type == "cpu":  # in float32, that is
         assert abs(one - other) < 1e-4, f"the losses differ: packed {one}, padded {other}"
         assert gap < 1e-4, f"the gradients differ by {gap} of their length"
-    seconds = timed([pack, pad], repeats, device)
+    trees = [varied(samples, seed) for seed in range(repeats + 1)]
+    packs, pads = iter(trees), iter([(items, [mask for _, mask in Packed(items, device).paths]) for items in trees])
+    def pack_fresh():
+        return packed_backward(model, next(packs), None, device)
+    def pad_fresh():
+        attend(model, "sdpa")
+        items, masks = next(pads)
+        with autocast(device):
+            logps = padded_logps(model, items, device)
+        return backward(model, items, logps, [x.detach() for x in logps], masks)
+    seconds = timed([pack_fresh, pad_fresh], repeats, device)
     return [ratio, *seconds, *(peak_memory(way, device) for way in (pack, pad))], gap
 
 TRAINING = "r", "padded, s", "packed, s", "speed-up", "speed-up / r", "padded, MiB", "packed, MiB", "ratio"
@@ -520,23 +541,23 @@ def bandwidth(device: torch.device) -> float:
 
 @torch.inference_mode()
 def decode_step(model, shape: tuple[int, int, int, int], device: torch.device, repeats: int) -> tuple:
-    """Seconds of a step that forwards a token in each lane, with the head; seconds of the head alone; and the bytes of
-    the keys and values that the step attends to."""
+    """Seconds of a step that runs a token in each lane and draws the next (on CUDA recorded, a mean over the tokens between
+    two looks of the host); seconds of the head alone; and the bytes of the keys and values that the step attends to."""
     rng, (rows, lanes, prompt, own) = random.Random(0), shape
     roots = [new_root(prompt, rng) for _ in range(rows)]
     tree_grpo.prefill(model, roots)
     flight = Lanes(model, [Node(root) for root in roots for _ in range(lanes)])
-    flight.forward([random_tokens(own, rng) for _ in flight.grid])
-    new = [random_tokens(1, rng) for _ in flight.grid]
+    flight.new = [random_tokens(own + 1, rng) for _ in flight.grid]
+    flight.catch_up()
+    generator, look = torch.Generator(device).manual_seed(0), tree_grpo.LOOK.get(device.type, 1)
+    hidden = torch.randn(1, len(flight.grid), model.config.hidden_size, device=device, dtype=model.dtype)
     def head():
-        return model.lm_head(flight.hidden[range(len(flight.grid)), flight.length])
-    def step():
-        flight.length = [own] * len(flight.grid)  # the same step again
-        flight.forward(new)
-        return head()
-    layers, two, _, heads, _, width = flight.shared.shape
-    kept = layers * two * heads * width * (rows * prompt + rows * lanes * (own + 1)) * flight.own.element_size()
-    return *timed([step, head], 10 * repeats, device), kept
+        return tree_grpo.products(hidden, model.lm_head.weight[None])
+    def steps():  # the same again and again
+        flight.decode(look, 1.0, 1.0, generator)
+    several, once = timed([steps, head], 10 * repeats, device)
+    kept = sum(kv.numel() // kv.shape[3] * (own + 1) for kv in flight.own) + sum(kv.numel() for kv in flight.shared)
+    return several / look, once, kept * flight.own[0].element_size()
 
 def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
     speed = bandwidth(device)
