@@ -163,9 +163,9 @@ class Node:
     """A run of tokens below one parent.
 
     A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between forks (TreeRL), a
-    prompt's end or an action (GraphGPO). `kv`, while in use: the keys and values of the token
-    *above* each of its tokens (of a root: of all but its last), so that whatever begins below a
-    node finds there all but the node's last token, and runs that one again."""
+    prompt's end or an action (GraphGPO). `kv`, while in use: kv[..., j, :] is of the token *before*
+    tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
+    So what begins below a node finds all but the node's last token there, and runs that again."""
 
     parent: "Node | None" = None
     tokens: list[int] = field(default_factory=list)
@@ -233,13 +233,15 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def products(a: Tensor, b: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """scale a @ b.mT + mask in float32 also of bfloat16, which would round scores and logits to
-    three digits. a: (batch, n, D), b: (batch, m, D). Returns (batch, n, m)."""
+    """scale a @ b.mT + mask (without a mask a @ b.mT), in float32 also of bfloat16, to which scores
+    and logits would be rounded otherwise. a: (batch, n, D), b: (batch, m, D), mask: (batch, n or 1,
+    m). Returns (batch, n, m)."""
     kind = {"out_dtype": torch.float32}
     if not a.is_cuda or a.dtype != torch.bfloat16:
         a, b, kind = full_precision(a), full_precision(b), {}
     if mask is None:
         return torch.bmm(a, b.mT, **kind)
+    mask = mask.expand(-1, a.shape[1], -1)  # before torch 2.10 baddbmm asks for its whole shape
     return torch.baddbmm(mask, a, b.mT, alpha=scale, **kind)
 
 
@@ -258,10 +260,14 @@ def prefill(model, nodes: list[Node]) -> int:
         how = {"is_causal": True, "scale": scaling, "enable_gqa": True}
         return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
 
-    ids = torch.tensor(padded([root.tokens[:-1] for root in roots]), device=model.device).long()
-    model.model(ids, use_cache=False, tree=attend)
-    for i, root in enumerate(roots):
-        root.kv = torch.stack([kv[:, i, :, : len(root.tokens) - 1] for kv in layers])
+    at_once = max(1, MOST_PROMPT_TOKENS // max(len(root.tokens) for root in roots))
+    for start in range(0, len(roots), at_once):
+        part = roots[start : start + at_once]
+        ids = torch.tensor(padded([root.tokens[:-1] for root in part]), device=model.device)
+        model.model(ids.long(), use_cache=False, tree=attend)
+        for i, root in enumerate(part):
+            root.kv = torch.stack([kv[:, i, :, : len(root.tokens) - 1] for kv in layers])
+        layers.clear()
     return length(roots) - len(roots)
 
 
@@ -283,7 +289,8 @@ def gather_kv(like: Tensor, paths: list[list[Node]], room: int) -> list[Tensor]:
     return layers
 
 
-MOST_SCORES = 2**28  # elements of a score matrix in the sampler
+MOST_SCORES = 2**26  # elements of a score matrix in the sampler
+MOST_PROMPT_TOKENS = 2**14  # of a forward that computes prompts, padding included
 LOOK = {"cuda": 8}  # how many tokens are drawn before the host looks at them; elsewhere 1
 
 
@@ -293,19 +300,27 @@ class Lanes:
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
     own, in `own`. A new token attends to both: two score matrices, one softmax.
 
+    Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
+    the tokens that were not run yet. `at` and `token` are length and the last of new on the device,
+    where `step` counts them on.
+
     Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
     them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
         self.model, self.on_cuda = model, model.device.type == "cuda"
+        experts = getattr(model.config, "num_experts", 0) or getattr(
+            model.config, "num_local_experts", 0
+        )
+        self.recorded = self.on_cuda and not experts  # which are chosen with the host's help
         rows = {}  # root -> the nodes to be sampled below it
         for node in nodes:
             rows.setdefault(node.path()[0], []).append(node)
         self.set_grid(list(rows.values()))
 
         roots, paths = list(rows), [node.path() if node else [] for node in self.grid]
-        self.length = [sum(node.cached for node in path[1:]) for path in paths]  # slots in use
-        self.new = []  # what is not in them yet, at least one token
+        self.length = [sum(node.cached for node in path[1:]) for path in paths]
+        self.new = []
         for path in paths:
             tokens = [token for node in path for token in node.tokens]
             self.new.append(tokens[sum(node.cached for node in path) :] or [0])
@@ -363,8 +378,8 @@ class Lanes:
         """Run ids (B, n), of which the first count[b] are lane b's, from slot at[b] on; of a lane
         `seen` slots are looked at. Returns the last hidden states, (B, n, width).
 
-        Nothing in here, nor in `step`, hands the device a value or asks it for one: a CUDA graph
-        can be recorded of it."""
+        Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
+        one: a CUDA graph cannot hold that."""
         (B, n), (_, h, _, S, _), device = ids.shape, self.own[0].shape, ids.device
         g = self.model.config.num_attention_heads // h
 
@@ -422,23 +437,19 @@ class Lanes:
         self.at += 1
 
     def decode(self, steps: int, temperature: float, top_p: float, generator):
-        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded as a
-        graph and then launched as one. Returns tokens, log-probs, entropies, lists (steps, B)."""
+        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
+        and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
         seen = self.make_room(max(self.length) + steps)
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
+        step = functools.partial(self.step, seen, temperature, top_p, generator)
         drawn = []
         for _ in range(steps):
             if self.graph is not None:
                 self.graph.replay()
             else:
-                self.step(seen, temperature, top_p, generator)
-            if self.graph is None and self.on_cuda:
-                self.graph = torch.cuda.CUDAGraph()
-                if generator is not None:
-                    self.graph.register_generator_state(generator)
-                with torch.cuda.graph(self.graph):
-                    self.step(seen, temperature, top_p, generator)
+                step()  # once as it is: what a first call sets up cannot be recorded
+                self.graph = record(step, generator) if self.recorded else None
             drawn.append(self.drawn.clone())
         tokens, logps, entropies = torch.stack(drawn, 1)
         return tokens.long().tolist(), logps.tolist(), entropies.tolist()
@@ -472,6 +483,17 @@ class Lanes:
             self.shared[layer] = self.shared[layer].index_select(2, left)
         self.set_buffers(self.prompt[kept])
         return [b for b, node in enumerate(self.grid) if node]
+
+
+def record(step, generator):
+    """A CUDA graph of step(). Recording runs nothing; each replay() runs it all, with other random
+    numbers."""
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return graph
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
@@ -517,9 +539,9 @@ def sample(
     until stop(tokens) is true, or to its limit >= 1. Branches share what is above them.
 
     Tokens above a node that were not run yet (a turn's last and the observation after it; at a fork
-    the last one above it, again) go in first; the last one drawn is not run. keep: may something
-    begin below the nodes later? Then they keep their keys and values. counts, a Counter, gets more
-    forwarded_tokens, generated_tokens and entropy (the sum over the latter, in nats).
+    the last one above it, again) go in first. keep: may something begin below the nodes later? Then
+    they keep their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's
+    last one is not counted), generated_tokens and entropy (their sum, in nats).
     FloatingPointError if a log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
     counts["forwarded_tokens"] += prefill(model, nodes)
@@ -572,9 +594,9 @@ class Flat:
     position: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)  # the place of the token above each
     segments: list[tuple[int, list[int]]] = field(default_factory=list)  # (tokens, their path)
-    read: list[int] = field(default_factory=list)  # the places of the sampled tokens,
-    logps: list[float] = field(default_factory=list)  # what the sampler says of them,
-    index: dict[Node, range] = field(default_factory=dict)  # and which of them are a node's
+    read: list[int] = field(default_factory=list)  # the places of the sampled tokens
+    logps: list[float] = field(default_factory=list)  # the sampler's, one for each of `read`
+    index: dict[Node, range] = field(default_factory=dict)  # node -> its range in `read`
 
 
 def flatten(samples: list[Sample]) -> Flat:
@@ -646,8 +668,8 @@ class Packed:
         flat = flatten(samples)
         self.samples = samples
         self.ids, self.position = on_device([flat.tokens]), on_device([flat.position])
-        self.target = on_device([flat.tokens[t] for t in flat.read])  # has a log-prob, which is
-        self.read = on_device([flat.parent[t] for t in flat.read])  # read at the token above it
+        self.target = on_device([flat.tokens[t] for t in flat.read])  # the sampled tokens
+        self.read = on_device([flat.parent[t] for t in flat.read])  # the one that predicts each
         self.sampler_logps = torch.tensor(flat.logps, device=device)
         self.paths = leaf_paths(samples, flat.index, device)
 
@@ -677,8 +699,8 @@ class Packed:
     def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
         heads, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
-        # In float32 the gradients that a token gets from the segments below it are summed, on a CPU
-        # in a fixed order; with x[keys] instead of index_select it would be any.
+        # A token's gradients from all segments below it are summed in float32, and by index_select,
+        # whose backward adds in a fixed order on a CPU; that of x[keys] does not.
         q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # (tokens, ., D)
         out = []
         for (queries, keys), mask in zip(self.buckets, masks):
@@ -1223,6 +1245,15 @@ def in_bfloat16(model):
     return model
 
 
+def linear_in_bfloat16(model):
+    """The model with those weights in bfloat16 that autocast would cast at each step; the head's
+    may be the embedding's, which it does not cast."""
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.to(torch.bfloat16)
+    return model
+
+
 def memory_needed(
     model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int
 ) -> float:
@@ -1231,23 +1262,26 @@ def memory_needed(
     prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
     their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
     c, size = model.config, 2 if args.dtype == "bfloat16" else 4
-    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
+    groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
     parameters = sum(p.numel() for p in model.parameters())
     copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
     weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
 
-    kv = 2 * c.num_hidden_layers * c.num_key_value_heads * D * size  # of a token
+    kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
     room = 33
     while room <= tokens:  # as Lanes.make_room does
         room += 1 + max(64, room // 2)
     sampling = kv * (2 * prompts * prompt + lanes * room + leaves * tokens)
+    sampling += 16 * min(MOST_SCORES, lanes * heads * tokens)  # pieces, or a token at a time
     sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
 
     packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
-    layer = 58 * c.hidden_size + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token
+    layer = 58 * W + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token for backward
     if args.grad_checkpointing:
-        layer = layer / c.num_hidden_layers + 4 * c.hidden_size
-    training = packed * layer * c.num_hidden_layers + 16 * min(2**26, packed * c.vocab_size)
+        layer = layer / layers + 4 * W
+    training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
+    training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
     training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
     return (weights + max(sampling, training)) / 1e9
 
@@ -1535,8 +1569,10 @@ def main(argv: list[str]) -> None:
     if args.search_url and not args.data:
         raise BadInput("--search-url: the built-in questions bring their own facts; give --data as well")
     try:
-        name = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        name = args.device if args.device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
         torch.zeros(1, device=(device := torch.device(name))).item()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     except Exception:  # noqa: BLE001 (each backend fails in its own way)
         raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
     if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
@@ -1576,8 +1612,8 @@ def main(argv: list[str]) -> None:
         enable({"use_reentrant": False})
     reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
     policy = model if args.dtype == "float32" else in_bfloat16(copy.deepcopy(model))
-    if reference is not None and device.type == "cuda" and policy is not model:
-        reference = in_bfloat16(reference)
+    if reference is not None and policy is not model:
+        reference = linear_in_bfloat16(reference)
     agent = Agent(policy, tokenizer, args, training, held_out)
     data = f"{len(training) or 'built-in'} questions to train on, {len(held_out)} held out"
     prompts, N = min(args.prompts, args.at_once), args.N if args.method == "tree_grpo" else 0

@@ -1,16 +1,17 @@
 """The engine that the three scripts share: the sampler and the packed trainer against the naive ones (naive.py), what a
 recorded step may do, the nucleus, what a lane keeps, and which models load. Trees are those of test_tree_grpo.py."""
 
+import copy
 import functools
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import naive
 import pytest
 import torch
 from conftest import assert_stored_logps, chi_square, tiny_qwen
 from test_tree_grpo import grow
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import tree_grpo
 from tree_grpo import BadInput, Lanes, Node, Packed, Sample, draw, load_model, packed_logps, prefill, sample
@@ -99,18 +100,6 @@ def test_long_observations_go_in_piece_by_piece(monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- a recorded step
-class Operations(TorchDispatchMode):
-    """The operations that run, with the devices of what they read and write."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def flight(model, prompts=((3, 4, 5, 6), (7, 8)), lanes=3) -> Lanes:
     """Lanes below prompts of different lengths, after two tokens each."""
     roots = [Node(None, list(p), [False] * len(p), [0.0] * len(p)) for p in prompts]
@@ -124,27 +113,44 @@ def flight(model, prompts=((3, 4, 5, 6), (7, 8)), lanes=3) -> Lanes:
     return lanes
 
 
+def recorded_by_tracing(step, generator):
+    """In the place of record(): as a CUDA graph does, make_fx writes down the operations of a step with the tensors that
+    they act on. What the step does on the way, which recording on CUDA does not, is undone."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    lanes = step.func.__self__
+    state = torch.get_rng_state()
+    written = [lanes.at, lanes.token, lanes.drawn, *lanes.own]
+    before = [x.clone() for x in written]
+    recording = make_fx(step)()
+    for x, was in zip(written, before):
+        x.copy_(was)
+    torch.set_rng_state(state)
+    return SimpleNamespace(replay=recording)
+
+
 @pytest.mark.parametrize(("temperature", "top_p"), [(0, 1.0), (1.0, 1.0), (1.2, 0.9)])
 def test_a_step_asks_the_device_for_nothing(temperature, top_p, monkeypatch):
-    # What a CUDA graph cannot hold: values that the host reads (item, nonzero, a mask as an index), and what it writes
-    # (tensors made of numbers). On a CPU both show as operations.
+    # What a CUDA graph cannot hold: values that the host reads (item, tolist, a mask as an index) or writes. Tensors on
+    # the device "meta" have no values: whoever asks for one, or hands them some, gets an error. Nobody does.
     model, _ = tiny_qwen("qwen2")
     monkeypatch.setattr(tree_grpo, "recording", lambda x: True)
-    with torch.inference_mode():
+    with torch.no_grad():
         lanes = flight(model)
-        with Operations() as seen:
-            lanes.step(10, temperature, top_p, None)
-    assert seen.names["aten.index_copy_.default"] == 4  # keys and values of two layers: it has seen the step
-    forbidden = ("_local_scalar_dense", "item", "nonzero", "masked_select", "lift_fresh", "unique", "is_nonzero", "equal.default")
-    assert not [name for name in seen.names if any(word in name for word in forbidden)]
+        shape = lanes.drawn.shape
+        lanes.model = model.to("meta")
+        for name in ("prompt", "at", "token", "drawn", "prompt_mask"):
+            setattr(lanes, name, getattr(lanes, name).to("meta"))
+        lanes.own, lanes.shared = ([kv.to("meta") for kv in layers] for layers in (lanes.own, lanes.shared))
+        lanes.step(10, temperature, top_p, None)
+        assert lanes.drawn.shape == shape and lanes.drawn.is_meta
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            lanes.drawn.tolist()  # so it would have shown
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(0, 1.0), (1.0, 1.0), (1.2, 0.9)])
 def test_a_recorded_step_is_the_step(architecture, temperature, top_p, monkeypatch):
-    # As a CUDA graph does, make_fx writes down the operations of one step with the tensors that they act on. Run again
-    # and again, they go on from what is in these tensors, as step() does. One tree takes the steps, one the recording.
-    from torch.fx.experimental.proxy_tensor import make_fx
-
+    # Run again and again, a recording goes on from what is in the lanes' tensors, as step() does.
     model, _ = tiny_qwen(architecture, torch.float64)
     monkeypatch.setattr(tree_grpo, "recording", lambda x: True)
     results = []
@@ -153,10 +159,7 @@ def test_a_recorded_step_is_the_step(architecture, temperature, top_p, monkeypat
             lanes = flight(model)
             how = (20, temperature, top_p, None)
             if recorded:
-                before = [x.clone() for x in (lanes.at, lanes.token, *lanes.own)]
-                recording = make_fx(functools.partial(lanes.step, *how))()
-                for x, was in zip((lanes.at, lanes.token, *lanes.own), before):  # what recording did is undone: on
-                    x.copy_(was)  # CUDA it does nothing
+                recording = recorded_by_tracing(functools.partial(lanes.step, *how), None).replay
             torch.manual_seed(0)
             drawn = []
             for _ in range(9):
@@ -187,7 +190,35 @@ def test_scores_and_logits_of_bfloat16_are_in_float32(monkeypatch):
     assert torch.allclose(entropy, -(logps.exp() * logps).sum(-1), atol=1e-5)
 
 
-def test_buffers_grow_and_shrink_a_layer_at_a_time():
+@pytest.mark.parametrize("look", [1, 8])
+def test_a_run_on_recordings_grows_the_naive_trees(architecture, look, monkeypatch):
+    # As on CUDA: recorded steps, again after buffers grew and lanes left, that see the whole room of a lane.
+    model, plain = tiny_qwen(architecture, torch.float64)
+    recordings, set_grid, shrunk = [], Lanes.set_grid, []
+
+    def as_on_cuda(self, rows):
+        shrunk.append(hasattr(self, "drawn"))
+        self.on_cuda = self.recorded = True
+        set_grid(self, rows)
+
+    monkeypatch.setattr(Lanes, "set_grid", as_on_cuda)
+    monkeypatch.setattr(tree_grpo, "record", lambda *how: recordings.append(recorded_by_tracing(*how)) or recordings[-1])
+    monkeypatch.setitem(tree_grpo.LOOK, "cpu", look)
+    how = lambda tokens: tokens[-1] == 7, {1}, None, 0, 1.0
+    grown = []
+    for chosen, draw_by in ((model, torch.no_grad()(sample.__wrapped__)), (plain, naive.sample)):  # make_fx: no inference
+        rng, counts = random.Random(3), Counter()
+        roots = [Node(None, rng.choices(range(8, 50), k=n), [False] * n, [0.0] * n) for n in (3, 9)]
+        nodes = [Node(root) for root in roots for _ in range(4)]
+        draw_by(chosen, nodes, [60, 3, 4, 1, 60, 2, 30, 1], *how, counts)
+        nodes[1].add([5, 6, 9])
+        draw_by(chosen, [Node(nodes[1]), Node(nodes[1]), Node(roots[1])], [45, 9, 3], *how, counts)
+        grown.append((tree_of(roots), [logp for root in roots for node in root.below() for logp in node.logps]))
+    assert grown[0][0] == grown[1][0] and grown[0][1] == pytest.approx(grown[1][1], abs=1e-9)
+    assert len(recordings) > sum(shrunk) + 2 > 3  # two calls, lanes that left, and buffers that grew
+
+
+def test_lanes_have_room_for_what_comes_and_let_the_finished_go():
     model, plain = tiny_qwen("qwen2", torch.float64)
     root = Node(None, [3, 4, 5], [False] * 3, [0.0] * 3)
     nodes = [Node(root) for _ in range(8)]
@@ -354,15 +385,13 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUD
 @needs_cuda
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_recorded_steps_on_cuda(architecture, top_p, monkeypatch):
-    # The same greedy trees with recorded steps and without; and drawn ones whose log-probs are those of plain forwards.
-    model, plain = (m.to("cuda") for m in tiny_qwen(architecture))
-    trees = []
-    for look in (1, 8):
-        monkeypatch.setitem(tree_grpo.LOOK, "cuda", look)
-        trees.append(grow(model, torch.Generator("cuda").manual_seed(0), random.Random(0), temperature=0)[0])
-    assert tree_of(trees[0]) == tree_of(trees[1])
+    # Greedy trees are the naive ones; of drawn ones the log-probs are those of plain forwards.
+    model, plain = (m.double().to("cuda") for m in tiny_qwen(architecture))
     roots, _ = grow(model, torch.Generator("cuda").manual_seed(0), random.Random(0), top_p=top_p)
-    assert_stored_logps(plain, [leaf for root in roots for leaf in root.leaves()], 1e-3)
+    assert_stored_logps(plain, [leaf for root in roots for leaf in root.leaves()], 1e-6)
+    ours, _ = grow(model, None, random.Random(0), temperature=0)
+    monkeypatch.setattr("test_tree_grpo.sample", naive.sample)
+    assert tree_of(ours) == tree_of(grow(plain, None, random.Random(0), temperature=0)[0])
 
 
 @needs_cuda
@@ -381,16 +410,55 @@ def test_draws_of_a_recorded_step_differ_and_are_seeded():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
-def test_bfloat16(architecture, device, monkeypatch):
+def test_bfloat16(architecture, device):
     # The same rounded weights on both sides. The sampler's scores and logits are in float32.
     model = tree_grpo.in_bfloat16(tiny_qwen(architecture)[0]).to(device)
     roots, _ = grow(model, torch.Generator(device).manual_seed(0), random.Random(0))
     packed = Packed(samples_of(roots), device)
     with torch.no_grad():
-        logps = packed_logps(model, packed)  # on CUDA without masks, where torch can
-        assert (logps - packed.sampler_logps).abs().mean() < 0.1
-        monkeypatch.setattr(tree_grpo, "varlen_kernel", lambda: None)
-        assert (packed_logps(model, packed) - logps).abs().mean() < 0.1
+        assert (packed_logps(model, packed) - packed.sampler_logps).abs().mean() < 0.1
+
+
+@needs_cuda
+def test_attention_without_masks_on_cuda(architecture, monkeypatch):
+    model = tiny_qwen(architecture)[0].to("cuda")
+    samples = samples_of(grow(model, torch.Generator("cuda").manual_seed(0), random.Random(0))[0])
+    results = []
+    for kernel in (tree_grpo.varlen_kernel(), None):
+        monkeypatch.setattr(tree_grpo, "varlen_kernel", lambda kernel=kernel: kernel)
+        with torch.autocast("cuda", torch.bfloat16):
+            results.append(packed_result(model, samples))
+    (one, one_grads), (other, other_grads) = results
+    assert (one - other).abs().mean() < 0.05
+    far = sum((a - b).square().sum() for a, b in zip(one_grads, other_grads)) / sum(a.square().sum() for a in one_grads)
+    assert far.sqrt() < 0.1
+
+
+def test_products_in_bfloat16_on_cuda_ask_for_what_torch_2_8_takes(monkeypatch):
+    # Before torch 2.10 baddbmm with an out_dtype wants a mask of the whole shape.
+    def baddbmm(mask, a, b, alpha, out_dtype):
+        assert mask.shape == (*a.shape[:2], b.shape[2]) and mask.dtype == out_dtype == torch.float32
+        return torch.add(mask, a.float() @ b.float(), alpha=alpha)
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+    a, b, mask = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 5, 8).bfloat16(), torch.randn(2, 1, 5)
+    expected = tree_grpo.products(a, b, mask, 0.3)
+    monkeypatch.setattr(torch, "baddbmm", baddbmm)
+    assert torch.allclose(tree_grpo.products(a.as_subclass(OnCuda), b, mask, 0.3).as_subclass(torch.Tensor), expected)
+
+
+def test_the_reference_in_bfloat16_is_the_starting_model(architecture):
+    # What autocast makes of float32 weights at each step, the reference has for good: no KL before the first step.
+    model, _ = tiny_qwen(architecture)
+    reference = tree_grpo.linear_in_bfloat16(copy.deepcopy(model)).requires_grad_(False)
+    roots, _ = grow(model, torch.Generator().manual_seed(0), random.Random(0))
+    samples = [item._replace(advantages=list(torch.randn(len(item.leaves)))) for item in samples_of(roots)]
+    args = tree_grpo.Args(dtype="bfloat16", kl_coef=0.1)
+    told = tree_grpo.update(model, reference, torch.optim.SGD(model.parameters(), lr=0.1), samples, args)
+    assert told["kl"] == 0 and told["grad_norm"] > 0
+    assert tree_grpo.update(model, reference, torch.optim.SGD(model.parameters(), lr=0.1), samples, args)["kl"] > 0
 
 
 # ------------------------------------------------------------------------------------------------------ loading a model
