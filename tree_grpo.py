@@ -236,13 +236,13 @@ def products(a: Tensor, b: Tensor, mask: Tensor | None = None, scale: float = 1.
     """scale a @ b.mT + mask (without a mask a @ b.mT), in float32 also of bfloat16, to which scores
     and logits would be rounded otherwise. a: (batch, n, D), b: (batch, m, D), mask: (batch, n or 1,
     m). Returns (batch, n, m)."""
-    kind = {"out_dtype": torch.float32}
-    if not a.is_cuda or a.dtype != torch.bfloat16:
-        a, b, kind = full_precision(a), full_precision(b), {}
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        out = torch.bmm(a, b.mT, out_dtype=torch.float32)
+        return out if mask is None else torch.add(mask, out, alpha=scale)
+    a, b = full_precision(a), full_precision(b)
     if mask is None:
-        return torch.bmm(a, b.mT, **kind)
-    mask = mask.expand(-1, a.shape[1], -1)  # before torch 2.10 baddbmm asks for its whole shape
-    return torch.baddbmm(mask, a, b.mT, alpha=scale, **kind)
+        return torch.bmm(a, b.mT)
+    return torch.baddbmm(mask, a, b.mT, alpha=scale)
 
 
 # ------------------------------------------------------------------------ sampling with shared KV
@@ -309,10 +309,8 @@ class Lanes:
 
     def __init__(self, model, nodes: list[Node]):
         self.model, self.on_cuda = model, model.device.type == "cuda"
-        experts = getattr(model.config, "num_experts", 0) or getattr(
-            model.config, "num_local_experts", 0
-        )
-        self.recorded = self.on_cuda and not experts  # which are chosen with the host's help
+        experts = any(hasattr(model.config, x) for x in ("num_experts", "num_local_experts"))
+        self.recorded = self.on_cuda and not experts  # these are chosen with the host's help
         rows = {}  # root -> the nodes to be sampled below it
         for node in nodes:
             rows.setdefault(node.path()[0], []).append(node)

@@ -434,19 +434,19 @@ def test_attention_without_masks_on_cuda(architecture, monkeypatch):
     assert far.sqrt() < 0.1
 
 
-def test_products_in_bfloat16_on_cuda_ask_for_what_torch_2_8_takes(monkeypatch):
-    # Before torch 2.10 baddbmm with an out_dtype wants a mask of the whole shape.
-    def baddbmm(mask, a, b, alpha, out_dtype):
-        assert mask.shape == (*a.shape[:2], b.shape[2]) and mask.dtype == out_dtype == torch.float32
-        return torch.add(mask, a.float() @ b.float(), alpha=alpha)
+def test_products_in_bfloat16_on_cuda_are_by_a_kernel_that_gives_float32(monkeypatch):
+    def bmm(a, b, out_dtype):  # on a CPU there is none
+        assert a.dtype == b.dtype == torch.bfloat16 and out_dtype == torch.float32
+        return (a.double() @ b.double()).to(out_dtype)
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     a, b, mask = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 5, 8).bfloat16(), torch.randn(2, 1, 5)
-    expected = tree_grpo.products(a, b, mask, 0.3)
-    monkeypatch.setattr(torch, "baddbmm", baddbmm)
-    assert torch.allclose(tree_grpo.products(a.as_subclass(OnCuda), b, mask, 0.3).as_subclass(torch.Tensor), expected)
+    expected = [tree_grpo.products(a, b), tree_grpo.products(a, b, mask, 0.3)]
+    monkeypatch.setattr(torch, "bmm", bmm)
+    found = [tree_grpo.products(a.as_subclass(OnCuda), b, *how) for how in ((), (mask, 0.3))]
+    assert all(torch.allclose(x.as_subclass(torch.Tensor), y, atol=1e-6) for x, y in zip(found, expected))
 
 
 def test_the_reference_in_bfloat16_is_the_starting_model(architecture):
