@@ -1617,7 +1617,7 @@ def main(argv: list[str]) -> None:
     prompts, N = min(args.prompts, args.at_once), args.N if args.method == "tree_grpo" else 0
     print(opening(
         model, args, data, prompts=max(args.eval_batch, prompts),
-        prompt=max(len(agent.root(question).tokens) for question in training + held_out),
+        prompt=max(len(agent.root(question).tokens) for question in held_out),
         lanes=max(args.eval_batch, prompts * args.M * max(1, N)),
         leaves=max(args.eval_batch, prompts * args.M * (1 + N * args.L)),
         tokens=args.max_turns * (args.turn_tokens + args.info_tokens) - args.info_tokens), flush=True)

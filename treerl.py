@@ -1618,7 +1618,7 @@ def main(argv: list[str]) -> None:
     prompts, N = min(args.prompts, args.at_once), args.N if args.method != "chainrl" else 0
     print(opening(
         model, args, data, prompts=max(args.eval_batch, prompts),
-        prompt=max(len(solver.root(problem).tokens) for problem in training + held_out),
+        prompt=max(len(solver.root(problem).tokens) for problem in held_out),
         lanes=max(args.eval_batch, prompts * args.M * max(1, N * args.T)),
         leaves=prompts * args.M * (1 + N * args.L * args.T), tokens=args.max_tokens), flush=True)
     train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
