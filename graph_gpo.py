@@ -1334,7 +1334,7 @@ def memory_needed(
     training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
     training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
     training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
-    return (weights + max(sampling, training)) / 1e9
+    return (weights + max(sampling, training)) / 1e9 + 0.1  # workspaces
 
 
 def opening(model, args, data: str, **shape: int) -> str:
@@ -1587,8 +1587,9 @@ def main(argv: list[str]) -> None:
     out, make_env = Path(args.out), load_env(args.env) if args.env else House
     if folder:
         model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
-        player = Player(model, tokenizer, args, make_env)  # the next line raises BadInput if a prompt does not fit
-        player.prompt(player.group(player.envs[0].reset(seed=0, options={"held_out": True})[1]["task"], 1), [""])
+        player = Player(model, tokenizer, args, make_env)
+        seen, info = player.envs[0].reset(seed=0, options={"held_out": True})
+        player.prompt(player.group(info["task"], 1), [""])  # raises BadInput if it does not fit
     elif not all(hasattr(make_env(), name) for name in ("words", "demonstrate")):
         raise BadInput(f"--env {args.env}: without words and demonstrate() it needs a model; give --model as well")
     try:
@@ -1599,6 +1600,7 @@ def main(argv: list[str]) -> None:
         raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
     if not folder:
         model, tokenizer = tiny_model(args, make_env, device, out / "start")
+        seen, info = make_env().reset(seed=0, options={"held_out": True})
     torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, up to a second, for every new shape
     if args.grad_checkpointing:  # newer versions of transformers call it activation checkpointing
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -1608,7 +1610,6 @@ def main(argv: list[str]) -> None:
     if reference is not None and policy is not model:
         reference = linear_in_bfloat16(reference)
     p = Player(policy, tokenizer, args, make_env)
-    seen, info = p.envs[0].reset(seed=0, options={"held_out": True})
     group = p.group(info["task"], 1)
     tokens = len(p.prompt(group, [seen]).tokens) * (1 + args.history) + args.max_tokens
     steps, kept = args.tasks * args.K * args.max_steps, args.kept_tokens // tokens

@@ -1281,7 +1281,7 @@ def memory_needed(
     training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
     training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
     training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
-    return (weights + max(sampling, training)) / 1e9
+    return (weights + max(sampling, training)) / 1e9 + 0.1  # workspaces
 
 
 def opening(model, args, data: str, **shape: int) -> str:

@@ -5,6 +5,7 @@ takes here, sampling and update, beside what is expected of it."""
 import argparse
 import ctypes
 import gc
+import multiprocessing
 import random
 import sys
 from collections import Counter
@@ -51,7 +52,11 @@ def memory_in_use(device: torch.device, peak: bool) -> int:
     return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name)))
 
 
-def measured(device: torch.device, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool):
+def measured(device: str, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool) -> tuple:
+    """GB at the peak of two training steps, and what memory_needed expects; called in a process of its own."""
+    device = torch.device(device)
+    AttentionInterface.register("token_tree", tree_grpo.token_tree)
+    speed.new_model("tiny", device)  # what loading takes once and for all is not of a run
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -85,13 +90,11 @@ def main() -> None:
     options = parser.parse_args()
     if not options.measure:
         return expected()
-    device = torch.device(options.device)
-    AttentionInterface.register("token_tree", tree_grpo.token_tree)
-    speed.new_model("tiny", device)  # what loading takes once and for all is not of a run
-    print(f"torch {torch.__version__}, {device}, float32")
+    print(f"torch {torch.__version__}, {options.device}, float32")
     speed.table("model", "prompts x tokens", "lanes x tokens", "recomputed", "measured, GB", "expected, GB", "ratio")
     for size, prompts, prompt, lanes, tokens, recompute in SHAPES:
-        found, wanted = measured(device, size, prompts, prompt, lanes, tokens, recompute)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # what another shape left free is not counted
+            found, wanted = fresh.apply(measured, (options.device, size, prompts, prompt, lanes, tokens, recompute))
         speed.row(size, f"{prompts} x {prompt}", f"{lanes} x {tokens}", "yes" if recompute else "no", f"{found:.2f}",
                   f"{wanted:.2f}", f"{wanted / found:.2f}")
 
