@@ -133,6 +133,10 @@ def recorded_by_tracing(step, generator):
 def test_a_step_asks_the_device_for_nothing(temperature, top_p, monkeypatch):
     # What a CUDA graph cannot hold: values that the host reads (item, tolist, a mask as an index) or writes. Tensors on
     # the device "meta" have no values: whoever asks for one, or hands them some, gets an error. Nobody does.
+    try:
+        torch.is_autocast_enabled("meta")
+    except RuntimeError:
+        pytest.skip("a model's forward asks for this, which an older torch cannot say")
     model, _ = tiny_qwen("qwen2")
     monkeypatch.setattr(tree_grpo, "recording", lambda x: True)
     with torch.no_grad():
