@@ -133,10 +133,6 @@ def recorded_by_tracing(step, generator):
 def test_a_step_asks_the_device_for_nothing(temperature, top_p, monkeypatch):
     # What a CUDA graph cannot hold: values that the host reads (item, tolist, a mask as an index) or writes. Tensors on
     # the device "meta" have no values: whoever asks for one, or hands them some, gets an error. Nobody does.
-    try:
-        torch.is_autocast_enabled("meta")
-    except RuntimeError:
-        pytest.skip("a model's forward asks for this, which an older torch cannot say")
     model, _ = tiny_qwen("qwen2")
     monkeypatch.setattr(tree_grpo, "recording", lambda x: True)
     with torch.no_grad():
@@ -146,7 +142,12 @@ def test_a_step_asks_the_device_for_nothing(temperature, top_p, monkeypatch):
         for name in ("prompt", "at", "token", "drawn", "prompt_mask"):
             setattr(lanes, name, getattr(lanes, name).to("meta"))
         lanes.own, lanes.shared = ([kv.to("meta") for kv in layers] for layers in (lanes.own, lanes.shared))
-        lanes.step(10, temperature, top_p, None)
+        try:
+            lanes.step(10, temperature, top_p, None)
+        except RuntimeError as error:
+            if "autocast" in str(error):
+                pytest.skip("older transformers ask torch for autocast on this device, which it cannot say")
+            raise
         assert lanes.drawn.shape == shape and lanes.drawn.is_meta
         with pytest.raises((RuntimeError, NotImplementedError)):
             lanes.drawn.tolist()  # so it would have shown
