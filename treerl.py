@@ -719,11 +719,17 @@ class Packed:
         buckets, number = place(flat.segments)
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
         self.number = on_device(number)
+        self.segments = flat.segments
 
-        lengths = list(zip(*((own, len(path)) for own, path in flat.segments)))
-        self.keys = on_device([place for _, path in flat.segments for place in path])
-        self.starts = [on_device([0, *itertools.accumulate(n)]).int() for n in lengths]
-        self.longest = [max(n) for n in lengths]
+    @functools.cached_property
+    def sequences(self) -> tuple[Tensor, list[Tensor], list[int]]:
+        """What the kernel takes: the keys of all segments' paths, one path after the other; where
+        the queries and the keys of each segment begin; and the most that one has of either."""
+        device = self.ids.device
+        lengths = list(zip(*((own, len(path)) for own, path in self.segments)))
+        keys = torch.tensor([place for _, path in self.segments for place in path], device=device)
+        starts = [torch.tensor([0, *itertools.accumulate(n)], device=device).int() for n in lengths]
+        return keys, starts, [max(n) for n in lengths]
 
     def attention(self, dtype: torch.dtype, groups: int):
         """The layers' attention, attend(layer, q, k, v, scaling), in this dtype and with so many
@@ -761,13 +767,13 @@ class Packed:
 
     def attend_without_masks(self, kernel, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling):
         """The same by one kernel: a segment's queries are neighbours, and are its path's last."""
+        keys, starts, longest = self.sequences
         q = q[0].transpose(0, 1).to(v.dtype).contiguous()
         k, v = (
-            full_precision(x[0].transpose(0, 1)).index_select(0, self.keys).to(v.dtype)
-            for x in (k, v)
+            full_precision(x[0].transpose(0, 1)).index_select(0, keys).to(v.dtype) for x in (k, v)
         )
         how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}  # causal
-        return kernel(q, k, v, *self.starts, *self.longest, **how)[None]
+        return kernel(q, k, v, *starts, *longest, **how)[None]
 
 
 @functools.cache
@@ -1122,23 +1128,17 @@ def read_records(path: str, parse, wanted: str) -> list:
             f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file"
         ) from None
     found, start, at, end = [], 0, 0, len(text)
+    between = re.compile(r"[\s,]*")
     if text.lstrip()[:1] == "[":
         at, end = text.index("[") + 1, len(text) - text.endswith("]")
     try:
-        while (
-            start := re.compile(r"[\s,]*").match(text, at).end()
-        ) < end:  # record by record, to know their lines
+        while (start := between.match(text, at).end()) < end:  # one by one, to know their lines
             record, at = json.JSONDecoder().raw_decode(text, start)
             found += parse(record)
         if end == len(text) and text.lstrip()[:1] == "[":
             raise json.JSONDecodeError("the list is not closed", text, end)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        RecursionError,
-    ) as error:  # JSON's own is a ValueError
+    # JSON's own error is a ValueError.
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
         raise BadInput(
             f"--data {path}, line {line}: this is no whole JSON record of {wanted}"
@@ -1162,9 +1162,8 @@ def batch_of(data: list, step: int, args) -> list:
 
 
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
-    return tokenizer(text.encode("utf-8", "replace").decode(), add_special_tokens=False)[
-        "input_ids"
-    ]
+    text = text.encode("utf-8", "replace").decode()
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def prompt_root(model, tokenizer, text: str) -> Node:
@@ -1203,15 +1202,14 @@ def load_model(path: str, device: torch.device, flag: str = "--model"):
     except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
         reason = f"no model and tokenizer to be loaded there ({str(error)[:150]})"
         raise BadInput(f"{flag} {path}: {reason}") from None
-    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-    if getattr(model.config, "sliding_window", None):
-        kinds.add("sliding_attention")
-    others = " and ".join(sorted(kinds - {"full_attention"}))
     for kind in ("missing", "unexpected", "mismatched"):
         if names := info[f"{kind}_keys"]:
             reason = f"weights are {kind}: {len(names)}, such as {min(map(str, names))}"
             raise BadInput(f"{flag} {path}: {reason}; give a whole checkpoint")
-    if others:
+    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+    if getattr(model.config, "sliding_window", None):
+        kinds.add("sliding_attention")
+    if others := " and ".join(sorted(kinds - {"full_attention"})):
         reason = f"its {others} keeps no keys and values that branches could share"
         raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
     model = model.to(device).eval()
@@ -1320,8 +1318,8 @@ def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
         max_position_embeddings=32768,
         tie_word_embeddings=True,
         eos_token_id=0,
-        initializer_range=0.08,
-    )  # at the usual 0.02 so small a model stays on a plateau for hundreds of steps
+        initializer_range=0.08,  # at the usual 0.02 so small a model does not leave its plateau
+    )
     torch.manual_seed(seed)
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -6,6 +6,7 @@ import math
 import random
 from collections import Counter
 
+import naive
 import pytest
 import torch
 from conftest import (
@@ -15,7 +16,6 @@ from conftest import (
     chi_square,
     tiny_qwen,
 )
-from naive import path_logps
 
 import treerl
 from treerl import (
@@ -459,14 +459,12 @@ def test_packed_loss_and_gradients_are_those_of_separate_sequences(architecture,
                       for leaf in kept]
         samples.append(Sample(root, kept, advantages, 1 / 9 / len(roots)))
     packed = Packed(samples, "cpu")
-    logps, loss, separate = packed_logps(model, packed), 0.0, 0.0
+    logps, loss = packed_logps(model, packed), 0.0
     for item, (index, mask) in zip(samples, packed.paths):
         A = torch.nn.utils.rnn.pad_sequence(item.advantages, True)
         loss = loss + item.weight * grpo_loss(logps[index], logps[index].detach(), None, A, mask)[0]
-        for leaf, advantage in zip(item.leaves, item.advantages):
-            own = path_logps(plain, leaf.path())
-            separate = separate - item.weight * ((own - own.detach()).exp() * advantage).mean()
     loss.backward()
+    separate = naive.loss(plain, samples, torch.Tensor.detach, torch.Tensor.detach, 0.2, 0.2, 0.0)
     separate.backward()
     assert loss.item() == pytest.approx(separate.item(), abs=tolerance)
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters()):
