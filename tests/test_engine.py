@@ -414,6 +414,20 @@ def test_draws_of_a_recorded_step_differ_and_are_seeded():
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_draws_from_a_large_vocabulary(device):
+    # The surprise of what is drawn, -log p, is the entropy of what it is drawn from, on average.
+    model = tiny_qwen("qwen2", vocab_size=151936)[0].to(device)
+    model.model.norm.weight.data *= 3
+    root, counts = Node(None, [3, 4, 5], [False] * 3, [0.0] * 3), Counter()
+    nodes = [Node(root) for _ in range(32)]
+    generator = torch.Generator(device).manual_seed(0)
+    sample(model, nodes, [8] * 32, lambda tokens: False, set(), generator, 1.0, 1.0, counts)
+    surprise = torch.tensor([-logp for node in nodes for logp in node.logps])
+    assert 1 < surprise.mean() < 8
+    assert abs(surprise.mean() - counts["entropy"] / 256) < 4 * surprise.std() / 256**0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_bfloat16(architecture, device):
     # The same rounded weights on both sides. The sampler's scores and logits are in float32.
     model = tree_grpo.in_bfloat16(tiny_qwen(architecture)[0]).to(device)
