@@ -24,12 +24,6 @@ TEMPLATE = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"^\|([^|]*)\|", README.partition("| column |")[2].partition("\n\n")[0], re.MULTILINE)
 COLUMNS = {name for cell in NAMED for name in re.findall(r"`(\w+)`", cell)} | {"event", "step"}  # of metrics.jsonl
-EMPTY = [b"", b"\n \n", b"[]", b"[\n]\n", b"\xef\xbb\xbf"]  # data files without any record
-FOREIGN = {  # data files that are for no script
-    "dict": '{"version": "1.1", "data": []}', "numbers": "[1, 2, 3]", "number": "7", "word": '"question"',
-    "null": "[null]", "lists": '[["question", "answer"]]', "prose": "Who wrote A?\nAnn.\n",
-    "csv": "question,answer\nWho,Ann\n", "too deep": "[" * 100_000, "huge number": "[" + "9" * 10_000 + "]",
-}
 
 
 # --------------------------------------------------------------------------------------------------- a script, run
@@ -51,14 +45,6 @@ class Script:
         result = self.run(folder, *arguments)
         assert result.returncode == 0, result.stderr[-3000:]
         return result
-
-    def refusal(self, read, path):
-        """The message with which read(path) turns a data file down: one line that names the flag and the file."""
-        with pytest.raises(self.module.BadInput) as caught:
-            read(str(path))
-        message = str(caught.value)
-        assert message.startswith(f"--data {path}") and "\n" not in message
-        return message
 
     def assert_refused(self, result, flag):
         """A finished process said in one line what is wrong with that flag."""
@@ -296,50 +282,6 @@ def assert_stopped_before_breaking(result, out):
 # ------------------------------------------------------------------------------------------- data files and models
 def lines(records):
     return "".join(json.dumps(record) + "\n" for record in records)
-
-def assert_cut_list_is_refused(refusal, path, whole):
-    """A download that broke off may end inside a word, after a bracket, or exactly between two records of a list."""
-    for length in range(1, len(whole)):
-        cut = whole[:length].rstrip()
-        path.write_text(whole[:length])
-        assert f"{path}, line {1 + cut.count(chr(10))}: " in refusal(path), f"cut to {length} characters"
-
-def assert_cut_line_is_refused(refusal, path, record):
-    """It may also end anywhere in a line; and a broken line may be in the middle."""
-    first, last = lines([record] * 2), json.dumps(record)
-    for length in range(1, len(last)):
-        path.write_text(first + last[:length])
-        assert f"{path}, line 3: " in refusal(path), f"cut to {length} characters"
-    path.write_text(first + last[:40] + "\n" + last)
-    assert re.search(r", line [34]: ", refusal(path))  # a reader of JSON may notice it at the line's end
-
-def assert_broken_record_is_refused_with_its_line(refusal, path, good, broken):
-    """In the middle of a list over many lines, and in the middle of JSON lines."""
-    text = json.dumps([good, good, broken, good], indent=4)
-    path.write_text(text)
-    # A record of this list begins with a "{" alone in its line; the third of them is the broken one.
-    begins = [number for number, line in enumerate(text.splitlines(), 1) if line == "    {"]
-    assert f"{path}, line {begins[2]}: " in refusal(path)
-    path.write_text(lines([good, broken, good]))
-    assert f"{path}, line 2: " in refusal(path)
-
-def assert_foreign_file_is_refused(refusal, path, text):
-    path.write_text(text)
-    assert f"{path}, line 1: " in refusal(path)
-
-def assert_empty_file_is_refused(refusal, path, content):
-    path.write_bytes(content)
-    assert re.search(r"\b(0|no) records", refusal(path))
-
-def assert_unreadable_files_are_refused(refusal, folder):
-    picture = folder / "picture.png"
-    picture.write_bytes(b"\x89PNG\r\n\x1a\n\x00\xff" * 9)
-    assert "not UTF-8" in refusal(picture)
-    assert "No such file" in refusal(folder / "missing.json")
-    assert "directory" in refusal(folder)
-    zeros = folder / "zeros"
-    zeros.write_bytes(bytes(1000))  # what a crashed download may leave: valid UTF-8, but nothing else
-    assert f"{zeros}, line 1: " in refusal(zeros)
 
 def make_qwen3(folder, context, template=TEMPLATE):
     """A Qwen3 of a few thousand parameters with random weights, its tokenizer with a chat template."""

@@ -1,4 +1,4 @@
-"""Tree-GRPO's mathematics on hand-worked trees, the exactness of sampling and of packed training, and the rollout."""
+"""Tree-GRPO: the exactness of sampling and of packed training, and the rollout."""
 
 import copy
 import itertools
@@ -18,7 +18,6 @@ from conftest import (
     tiny_qwen,
 )
 
-import graph_gpo
 import tree_grpo
 from tree_grpo import (
     Node,
@@ -29,176 +28,9 @@ from tree_grpo import (
     micro_batches,
     packed_logps,
     sample,
-    tree_advantages,
     tree_rollout,
     update,
 )
-
-
-# ------------------------------------------------------------------------------------------------- advantages, by hand
-def advantages(rewards, trees, **how):
-    return tree_advantages(torch.tensor(rewards, dtype=torch.float64), torch.tensor(trees), **how).tolist()
-
-
-def test_two_trees_of_three_leaves():
-    # M = 2, N = 2, L = 1: three leaves a tree. Rewards 1 0 0 | 1 1 0.
-    # Tree 1: mean 1/3, deviations 2/3 -1/3 -1/3, variance (4 + 1 + 1)/9 / 2 = 1/3, so z = 2/sqrt(3), -1/sqrt(3) twice.
-    # Tree 2: the mirror image: 1/sqrt(3) twice, -2/sqrt(3).
-    # All six: mean 1/2, deviations +-1/2, variance 6/4 / 5 = 0.3, so z = +-0.5 / sqrt(0.3).
-    s, e = 1 / math.sqrt(3), 0.5 / math.sqrt(0.3)
-    intra, inter = [2 * s, -s, -s, s, s, -2 * s], [e, -e, -e, e, e, -e]
-    rewards, trees = [1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1]
-    assert advantages(rewards, trees, terms="intra") == pytest.approx(intra, abs=1e-5)
-    assert advantages(rewards, trees, terms="inter") == pytest.approx(inter, abs=1e-5)
-    assert advantages(rewards, trees) == pytest.approx([a + b for a, b in zip(intra, inter)], abs=1e-5)
-
-
-def test_order_of_the_leaves_does_not_matter():
-    straight = advantages([1, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 1])
-    mixed = advantages([1, 1, 0, 1, 0, 0], [1, 0, 0, 1, 1, 0])
-    assert mixed == pytest.approx([straight[i] for i in (3, 0, 1, 4, 5, 2)], abs=1e-12)
-
-
-def test_two_rounds():
-    # M = 1, N = 1, L = 2: 1 + 1 * 2 = 3 leaves of one tree with rewards 1, 0.2, 0: mean 0.4, deviations 0.6 -0.2 -0.4,
-    # variance (0.36 + 0.04 + 0.16) / 2 = 0.28. With one tree intra and inter are the same number, so A is twice it.
-    z = [d / math.sqrt(0.28) for d in (0.6, -0.2, -0.4)]
-    assert advantages([1, 0.2, 0], [7, 7, 7], terms="intra") == pytest.approx(z, abs=1e-5)
-    assert advantages([1, 0.2, 0], [7, 7, 7]) == pytest.approx([2 * x for x in z], abs=1e-5)
-
-
-def test_flat_tree_still_gets_the_inter_term():
-    # Tree 1 all right, tree 2 all wrong: within a tree there is nothing to compare (0), between them there is:
-    # mean 1/2, variance 4/4 / 3 = 1/3, z = +-0.5 * sqrt(3): A_intra says nothing here
-    z = 0.5 * math.sqrt(3)
-    assert advantages([1, 1, 0, 0], [0, 0, 1, 1]) == pytest.approx([z, z, -z, -z], abs=1e-5)
-    assert advantages([1, 1, 0, 0], [0, 0, 1, 1], terms="intra") == [0, 0, 0, 0]
-
-
-def test_all_equal_is_exactly_zero():
-    for dtype in (torch.float32, torch.float64):  # seven rewards of 3.7 in float32 have a standard deviation > 0
-        rewards = torch.full((7,), 3.7, dtype=dtype)
-        assert tree_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1, 2])).tolist() == [0.0] * 7
-
-
-def test_lone_leaves():
-    assert advantages([5.0], [0]) == [0.0]  # one leaf in all
-    # One leaf per tree: intra is 0 and what is left is GRPO. Rewards 1 0 0: mean 1/3, variance 1/3.
-    s = 1 / math.sqrt(3)
-    assert advantages([1, 0, 0], [0, 1, 2]) == pytest.approx([2 * s, -s, -s], abs=1e-5)
-    assert advantages([1, 0, 0], [0, 1, 2], terms="intra") == [0, 0, 0]
-    # A lone leaf beside a tree of two: 0 from intra, its share of inter. Rewards 1 | 1 0: the pair has +-1/sqrt(2).
-    h = 1 / math.sqrt(2)
-    assert advantages([1, 1, 0], [0, 1, 1]) == pytest.approx([s, s + h, -2 * s - h], abs=1e-5)
-
-
-def test_a_z_score_ignores_scale_and_shift():
-    rewards, trees = [1, 0.2, 0.8, 0.1, 0, 1], [0, 0, 0, 1, 1, 1]
-    scaled = advantages([3 * r - 7 for r in rewards], trees)
-    assert scaled == pytest.approx(advantages(rewards, trees), abs=1e-4)  # up to eps beside the std
-
-
-def test_against_plain_python_on_random_trees():
-    def z(values, eps):
-        n = len(values)
-        if n < 2 or max(values) == min(values):
-            return [0.0] * n
-        mean = math.fsum(values) / n
-        std = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-        return [(v - mean) / (std + eps) for v in values]
-
-    rng = random.Random(3)
-    for _ in range(1000):
-        n = rng.randint(1, 12)
-        rewards, trees = [rng.choice([0, 0.1, 0.2, 0.8, 1]) for _ in range(n)], [rng.randint(0, 3) for _ in range(n)]
-        eps = rng.choice([1e-6, 0.1])
-        expected = z(rewards, eps)
-        for tree in set(trees):
-            members = [i for i in range(n) if trees[i] == tree]
-            for i, value in zip(members, z([rewards[i] for i in members], eps)):
-                expected[i] += value
-        assert advantages(rewards, trees, eps=eps) == pytest.approx(expected, abs=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("rewards", "trees"),
-    [([1.0, 2.0], [0]), ([], []), ([1.0, math.nan], [0, 0]), ([math.inf, 0.0], [0, 0]), ([[1.0, 2.0]], [[0, 0]])],
-)
-def test_wrong_input_is_refused(rewards, trees):
-    with pytest.raises(ValueError):
-        tree_advantages(torch.tensor(rewards), torch.tensor(trees))
-
-
-def test_integer_rewards_and_dtypes():
-    assert tree_advantages(torch.tensor([1, 0]), torch.tensor([0, 0])).is_floating_point()
-    assert tree_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0])).dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------------ the loss
-def test_loss_by_hand():
-    # Two sequences of two and one sampled tokens; the pad holds nonsense that must not be read, forward or backward.
-    # Sequence 1, A = 2: ratios 1.5 (clipped to 1.2: 2.4) and 0.5 (min(1.0, 1.6) = 1.0): -(2.4 + 1.0) / 2 = -1.7.
-    # Sequence 2, A = -1: ratio 0.5: min(-0.5, -0.8) = -0.8, so +0.8. Sum: -0.9.
-    old = torch.log(torch.tensor([[0.2, 0.4], [0.4, 0.4]]))
-    logp = torch.log(torch.tensor([[0.3, 0.2], [0.2, 0.4]]))
-    logp[1, 1], old[1, 1] = float("nan"), float("inf")
-    logp.requires_grad_()
-    mask = torch.tensor([[True, True], [True, False]])
-    loss, stats = grpo_loss(logp, old, None, torch.tensor([2.0, -1.0]), mask)
-    assert loss.item() == pytest.approx(-0.9, abs=1e-6)
-    assert {name: float(value) for name, value in stats.items()} == {"tokens": 3, "clipped": 2, "kl": 0}
-    loss.backward()
-    # Only sequence 1's second token has a gradient: -r A / 2 = -0.5 * 2 / 2. The two clipped ones have none.
-    assert torch.allclose(logp.grad, torch.tensor([[0.0, -0.5], [0.0, 0.0]]), atol=1e-6)
-
-
-def test_clips_are_separate():
-    logp = torch.log(torch.tensor([[3.0], [0.1]]))
-    loss, _ = grpo_loss(logp, torch.zeros(2, 1), None, torch.tensor([1.0, -1.0]), torch.ones(2, 1), 0.3, 0.9)
-    assert loss.item() == pytest.approx(-1.9 + 0.7, abs=1e-6)  # -min(3, 1.9), and -min(-0.1, -0.7)
-
-
-def test_kl_by_hand():
-    # p = log 0.5, q = log 0.25: exp(q - p) - (q - p) - 1 = 0.5 + log 2 - 1. With A = 0 the loss is beta times that.
-    logp, ref = torch.log(torch.tensor([[0.5]])).requires_grad_(), torch.log(torch.tensor([[0.25]]))
-    loss, stats = grpo_loss(logp, logp.detach(), ref, torch.zeros(1), torch.ones(1, 1), kl_coef=0.1)
-    assert loss.item() == pytest.approx(0.1 * (math.log(2) - 0.5), abs=1e-6)
-    assert stats["kl"].item() == pytest.approx(math.log(2) - 0.5, abs=1e-6)
-    loss.backward()
-    assert logp.grad.item() == pytest.approx(0.1 * 0.5, abs=1e-6)  # beta (1 - exp(q - p))
-    with pytest.raises(ValueError):
-        grpo_loss(logp, logp, None, torch.zeros(1), torch.ones(1, 1), kl_coef=0.1)
-
-
-def test_advantages_per_sequence_and_per_token():
-    torch.manual_seed(0)
-    logp, old, mask = torch.randn(3, 5), torch.randn(3, 5), torch.rand(3, 5) < 0.7
-    mask[1] = False  # a sequence without a sampled token contributes 0
-    A = torch.tensor([1.0, 2.0, -3.0])
-    per_sequence = grpo_loss(logp, old, None, A, mask)[0]
-    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A[:, None], mask)[0])
-    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A[:, None].expand(3, 5), mask)[0])
-    assert torch.equal(per_sequence, grpo_loss(logp, old, None, A, mask.float())[0])
-    rest = grpo_loss(logp[[0, 2]], old[[0, 2]], None, A[[0, 2]], mask[[0, 2]])[0]
-    assert torch.allclose(per_sequence, rest)
-
-
-def test_proposition_3_1_direction():
-    # Binary rewards at one branch: the intra-tree gradient is w (grad log p(win) - grad log p(loss)), the direction of
-    # step-level DPO's gradient. Two children, so p(loss) = 1 - p(win) and the logit is the only parameter.
-    logits = torch.tensor([0.3, -0.4], requires_grad=True)
-    p = logits.softmax(-1)
-    expected_gain = p[0] * 1.0 + p[1] * 0.0  # gradient of the expected reward: p(1 - p) (grad log p_w - grad log p_l)
-    policy = torch.autograd.grad(expected_gain, logits, retain_graph=True)[0]
-    dpo = torch.autograd.grad(torch.nn.functional.logsigmoid(p[0].log() - p[1].log()), logits)[0]
-    assert torch.nn.functional.cosine_similarity(policy, dpo, 0).item() == pytest.approx(1, abs=1e-6)
-    apart = torch.autograd.grad(logits.log_softmax(-1)[0] - logits.log_softmax(-1)[1], logits)[0]
-    assert torch.allclose(policy, (p[0] * p[1]).detach() * apart, atol=1e-6)  # with the proposition's own weight
-    grpo_logits = logits.detach().clone().requires_grad_()
-    logps = grpo_logits.log_softmax(-1)[:, None]  # both outcomes seen once: the intra z-scores are +-1/sqrt(2)
-    A = tree_advantages(torch.tensor([1.0, 0.0]), torch.tensor([0, 0]), terms="intra")
-    grpo_loss(logps, logps.detach(), None, A, torch.ones(2, 1))[0].backward()
-    assert torch.nn.functional.cosine_similarity(-grpo_logits.grad, policy, 0).item() == pytest.approx(1, abs=1e-6)
 
 
 # ----------------------------------------------------------------------------------- exactness of sampling and training
@@ -468,13 +300,6 @@ def test_kl_to_the_reference_is_zero_at_the_start_and_grows():
     reference, _, _ = batch_of()
     assert trained(model, samples, reference, kl_coef=0.1)["kl"] == pytest.approx(0, abs=1e-12)
     assert trained(model, samples, reference, kl_coef=0.1)["kl"] > 1e-9
-
-
-def test_pictures_have_no_control_characters():  # with them git and editors would take the file for a binary one
-    words = "".join(map(chr, range(40)))
-    drawn = tree_grpo.mermaid([Node()], [words], [""], [None])
-    graph = graph_gpo.graph_mermaid(words, [graph_gpo.Transition(words, words, graph_gpo.SUCCESS, 0)], torch.zeros(1))
-    assert all(c >= " " for c in (drawn + graph).replace("\n", "")) and "#0;" in drawn and "#0;" in graph
 
 
 def test_held_out_tasks_are_played_so_many_at_once():

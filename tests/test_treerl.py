@@ -1,4 +1,4 @@
-"""TreeRL's mathematics on hand-worked trees, its search, and the exactness of what a fork inside a segment leaves."""
+"""TreeRL: where a tree is forked, its search, and the exactness of what a fork inside a segment leaves."""
 
 import functools
 import itertools
@@ -29,7 +29,6 @@ from treerl import (
     fork_candidates,
     fork_points,
     grpo_loss,
-    leave_one_out,
     length,
     packed_logps,
     sample,
@@ -38,158 +37,7 @@ from treerl import (
 )
 
 
-# ------------------------------------------------------------------------------------------------------- R(s), by hand
-def test_two_trunks_one_forked():
-    #            0 prompt
-    #          /   \          leaves 3 (right), 4 (wrong), 2 (right); V(0) = 2/3
-    #         1     2         node 1: L = {3, 4}, V = 1/2, G_A = L_A = 1/2 - 2/3 = -1/6, R = -1/3 / sqrt 2
-    #        / \              node 2: L = {2},    V = 1,   G_A = L_A = 1/3,              R =  2/3
-    #       3   4             node 3: V = 1, G_A = 1/3, L_A = 1/2, R = 5/6;  node 4: V = 0, R = -2/3 - 1/2 = -7/6
-    R = step_rewards([-1, 0, 0, 1, 1], {3: 1.0, 4: 0.0, 2: 1.0})
-    assert R.dtype == torch.float64
-    assert R.tolist() == pytest.approx([0, -1 / 3 / math.sqrt(2), 2 / 3, 5 / 6, -7 / 6])
-
-
-def test_a_fork_inside_a_fork():
-    #   0 - 1 - 2 - 4 (1)       one trunk, forked at two places; V(2) = 1/2, V(1) = V(0) = 1/3
-    #        \    \ 5 (0)       R(1) = (0 + 0) / sqrt 3 = 0
-    #         3 (0)             R(2) = ((1/2 - 1/3) + (1/2 - 1/3)) / sqrt 2 = 1/3 / sqrt 2,  R(3) = -1/3 - 1/3 = -2/3
-    #                           R(4) = (1 - 1/3) + (1 - 1/2) = 7/6,                          R(5) = -1/3 - 1/2 = -5/6
-    R = step_rewards([-1, 0, 1, 1, 2, 2], {4: 1, 5: 0, 3: 0})
-    assert R.tolist() == pytest.approx([0, 0, 1 / 3 / math.sqrt(2), -2 / 3, 7 / 6, -5 / 6], abs=1e-15)
-
-
-def forked_chain(forks: list[int]) -> tuple[list[int], list[int]]:
-    """Parents and leaves of one tree below node 0: a trunk with forks[i] new branches at its i-th cut."""
-    parents, leaves, spine = [-1, 0], [], 1
-    for n in forks:
-        for branch in range(n + 1):
-            parents.append(spine)
-            if branch:
-                leaves.append(len(parents) - 1)
-        spine = len(parents) - 1 - n
-    return parents, [*leaves, spine]
-
-
-def test_the_papers_shape_6_2_1_2():
-    # Each of 6 trunks is cut at 2 places, with 2 new branches at each: 5 leaves a tree, 30 together. All leaves of the
-    # first tree are right, all others wrong: V(root) = 1/6. In the first tree every node has V = 1: its first segment,
-    # above all 5 leaves, has G_A = L_A = 5/6, R = 5/3 / sqrt 5; the next, above 3, L_A = 0, R = 5/6 / sqrt 3; leaves
-    # have R = 5/6. In the other trees V = 0: first segments 2 (0 - 1/6) / sqrt 5, next -1/6 / sqrt 3, leaves -1/6.
-    parents, rewards, roles = [-1], {}, []
-    for tree in range(6):
-        own, leaves = forked_chain([2, 2])
-        offset = len(parents) - 1
-        parents += [p + offset if p else 0 for p in own[1:]]
-        rewards |= {leaf + offset: float(tree == 0) for leaf in leaves}
-        roles += [(tree, "first" if p == 0 else "leaf" if i in leaves else "next") for i, p in enumerate(own) if i]
-    assert len(rewards) == 30
-    R = step_rewards(parents, rewards).tolist()
-    first, other = ({"first": 2 * x / math.sqrt(5), "next": x / math.sqrt(3), "leaf": x} for x in (5 / 6, -1 / 6))
-    assert R[1:] == pytest.approx([(other if tree else first)[role] for tree, role in roles])
-
-
-def test_the_shape_2_1_2_2():
-    # Two trunks; in each of two rounds one fork per tree with two new branches: 2 (1 + 1 x 2 x 2) = 10 leaves. Tree one
-    # is forked twice in its trunk, tree two in its trunk and then in a side branch:
-    #   1 - 2 - 3*  (* right)        8 - 9
-    #    \   \- 4                     \- 10 - 12      leaves 3, 4, 5, 6, 7 and 9, 11, 12, 13, 14; right: 3, 12
-    #     \   \- 5                     \   \- 13      V(0) = 2/10
-    #      \- 6, 7                      \   \- 14     tree one: V(1) = 1/5, V(2) = 1/3
-    #                                    \- 11        tree two: V(8) = 1/5, V(10) = 1/3
-    parents = [-1, 0, 1, 2, 2, 2, 1, 1, 0, 8, 8, 8, 10, 10, 10]
-    rewards = dict.fromkeys((3, 12), 1.0) | dict.fromkeys((4, 5, 6, 7, 9, 11, 13, 14), 0.0)
-    inner = ((1 / 3 - 1 / 5) + (1 / 3 - 1 / 5)) / math.sqrt(3)  # nodes 2 and 10
-    right, below = (1 - 1 / 5) + (1 - 1 / 3), -1 / 5 - 1 / 3  # below them: node 3 and 12, and the wrong ones
-    beside = -1 / 5 - 1 / 5
-    expected = [0, 0, inner, right, below, below, beside, beside, 0, beside, inner, beside, right, below, below]
-    assert step_rewards(parents, rewards).tolist() == pytest.approx(expected, abs=1e-15)
-
-
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, -3.1, 1e-9])
-def test_equal_rewards_give_exactly_zero(reward):
-    parents, leaves = forked_chain([2, 1, 3])
-    assert step_rewards(parents, dict.fromkeys(leaves, reward)).tolist() == [0.0] * len(parents)
-
-
-def test_lone_leaves_and_nodes_with_one_child():
-    assert step_rewards([-1], {0: 5.0}).tolist() == [0]  # nothing but the prompt
-    assert step_rewards([-1, 0], {1: 5.0}).tolist() == [0, 0]  # one leaf is all the prompt has: nothing to compare
-    # Node 1 has the one child 2: L, V and so G_A are the same, and L_A(2) = V(2) - V(1) = 0.
-    # V(0) = 1/2, R(1) = 1/2 + 1/2 = 1, R(2) = 1/2 + 0, R(3) = -1
-    assert step_rewards([-1, 0, 1, 0], {2: 1.0, 3: 0.0}).tolist() == [0, 1, 0.5, -1]
-
-
-def test_shift_and_scale():
-    rng = random.Random(0)
-    parents, leaves = forked_chain([2, 2, 1])
-    rewards = {leaf: rng.random() for leaf in leaves}
-    R = step_rewards(parents, rewards)
-    shifted = step_rewards(parents, {leaf: 3 * r - 7 for leaf, r in rewards.items()})
-    assert torch.allclose(shifted, 3 * R, atol=1e-12)
-
-
-def test_against_the_definition_on_random_trees():
-    rng = random.Random(1)
-    for _ in range(200):
-        parents = [-1, *(rng.randrange(i) for i in range(1, rng.randint(1, 40)))]
-        leaves = [i for i in range(len(parents)) if i not in parents]
-        rewards = {leaf: rng.choice([0.0, 1.0, rng.gauss(0, 2)]) for leaf in rng.sample(leaves, len(leaves))}
-
-        def below(s, parents=parents, leaves=leaves):
-            found = []
-            for leaf in leaves:
-                at = leaf
-                while at != s and at > 0:
-                    at = parents[at]
-                found += [leaf] if at == s else []
-            return found
-
-        V = [sum(rewards[leaf] for leaf in below(s)) / len(below(s)) for s in range(len(parents))]
-        expected = [((V[s] - V[0]) + (V[s] - V[parents[s]])) / math.sqrt(len(below(s))) if s else 0
-                    for s in range(len(parents))]
-        assert step_rewards(parents, rewards).tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_long_chain_of_nodes_is_no_recursion():
-    R = step_rewards([-1, *range(50_000), 0], {50_000: 1.0, 50_001: 0.0})
-    assert R[1] == 1 and R[50_000] == 0.5 and R[50_001] == -1
-
-
-@pytest.mark.parametrize(("parents", "rewards"), [
-    ([], {}), ([0], {0: 1.0}), ([-1, -1], {0: 1.0, 1: 1.0}), ([-1, 2, 0], {1: 0.0}), ([-1, 1], {1: 0.0}),
-    ([-1, 0, -2], {1: 0.0, 2: 0.0}), ([1, -1], {0: 1.0}),  # no tree, or children before their parents
-    ([-1, 0, 0], {1: 0.0}), ([-1, 0, 0], {}),  # a leaf without a reward
-    ([-1, 0, 1], {1: 0.0, 2: 0.0}), ([-1, 0], {0: 1.0, 1: 1.0}), ([-1, 0], {1: 0.0, 2: 0.0}),  # one elsewhere
-    ([-1, 0, 0], {1: 0.0, 2: math.nan}), ([-1, 0, 0], {1: math.inf, 2: 0.0}),
-])
-def test_wrong_trees_are_refused(parents, rewards):
-    with pytest.raises(ValueError, match="want"):
-        step_rewards(parents, rewards)
-
-
-def test_leave_one_out_by_hand():
-    # 1 - (0 + 0 + 1) / 3 = 2/3;  0 - (1 + 0 + 1) / 3 = -2/3
-    assert leave_one_out(torch.tensor([1.0, 0, 0, 1])).tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
-    assert leave_one_out(torch.tensor([0.7, 0.7, 0.7])).tolist() == [0, 0, 0]
-    assert leave_one_out(torch.tensor([3.0])).tolist() == [0]
-    # R(s) of independent chains is twice each reward's distance from the mean: the same but for a factor
-    R = step_rewards([-1, 0, 0, 0, 0], dict(enumerate([1.0, 0, 0, 1], 1)))[1:]
-    assert torch.allclose(R, leave_one_out(torch.tensor([1.0, 0, 0, 1])) * 2 * 3 / 4)
-
-
 # ----------------------------------------------------------------------------------------------------- where to fork
-def test_fork_points_are_the_least_likely_tokens():
-    logps = torch.tensor([-0.1, -3.0, -0.5, -3.0, -9.0, -0.5])
-    allowed = torch.tensor([True, True, True, True, False, True])
-    assert fork_points(logps, 2, allowed) == [1, 3]  # equals: the earlier first; the most uncertain is not allowed
-    assert fork_points(logps, 3, allowed) == [1, 3, 2]
-    assert fork_points(logps, 99, allowed) == [1, 3, 2, 5, 0]  # fewer where fewer are allowed
-    assert fork_points(logps, 0, allowed) == [] == fork_points(logps, 2, torch.zeros(6, dtype=torch.bool))
-    assert fork_points(torch.tensor([]), 2, torch.zeros(0, dtype=torch.bool)) == []
-    assert fork_points(torch.zeros(40), 3, torch.ones(40, dtype=torch.bool)) == [0, 1, 2]
-
-
 def branch(parent, logps, tree=0, tokens=None):
     node = Node(parent, tree=tree)
     node.add(tokens or [10 + i for i in range(len(logps))], True, logps)
@@ -627,52 +475,7 @@ def test_prompts_are_searched_so_many_at_once():
         assert widths[0] <= lanes / 2 and max(widths) <= lanes * 4  # prompts; then T N = 4 branches for each trunk
 
 
-def test_random_forks_are_anywhere_allowed():
-    # With the same trunks, forks at random places: all places before the answer come about equally often.
-    solver, seen = solver_of(method="random", M=1, N=1, L=1, T=1), Counter()
-    for seed in range(600):
-        root = Node(tokens=[1])
-        play, _ = scripted(random.Random(0), [10])
-        solver.root = lambda problem, root=root: root
-        solver.model = type("Model", (), {"device": "cpu"})
-        solver.play = lambda starts, *_, play=play, keep: play(starts)
-        solver.answer_at = lambda problem, leaf: 6
-        solver.search([None], random.Random(seed), Counter())
-        trunk = root.children[0]
-        seen[len(trunk.tokens) if trunk.children else 0] += 1
-    assert sorted(seen) == [0, 1, 2, 3, 4, 5]
-    assert chi_square([seen[i] for i in range(6)], torch.full((6,), 1 / 6))[0] < 26  # p = 1e-4 at 5 degrees of freedom
-
-
 # --------------------------------------------------------------------------------------------------- built-in problems
-def test_built_in_problems_are_right_and_demonstrations_are_wrong_in_places():
-    rng, right, lines = random.Random(0), 0, Counter()
-    for _ in range(500):
-        problem = treerl.make_problem(rng, 8, False)
-        start, *ops = problem.text.removeprefix("Modulo 11, from ").replace(":", "").split()
-        value = int(start)
-        assert 5 <= len(ops) <= 8
-        for op in ops:
-            value = value * int(op[1:]) if op[0] == "*" else value + int(op)
-        assert problem.answer == str(value % 11)
-        text = treerl.demonstration(problem, rng)
-        *steps, last = text.splitlines()
-        assert [step.split()[1] for step in steps] == ops and last == f"#### {steps[-1].split()[-1]}"
-        assert [step.split()[0] for step in steps] == [start, *(step.split()[-1] for step in steps[:-1])]
-        for a, op, _, b in (step.split() for step in steps):
-            good = (int(a) * int(op[1:]) if op[0] == "*" else int(a) + int(op)) % 11 == int(b)
-            lines[op[0] == "*", good] += 1
-        right += treerl.is_right(treerl.final_answer(text, False)[1], problem)
-    assert lines[False, False] == 0 and 0.4 < lines[True, True] / (lines[True, True] + lines[True, False]) < 0.6
-    assert 0.25 < right / 500 < 0.55
-
-
-def test_held_out_problems_are_not_trained_on():
-    rng = random.Random(0)
-    held_out = {treerl.make_problem(rng, 8, True).text for _ in range(300)}
-    assert not held_out & {treerl.make_problem(rng, 8, False).text for _ in range(3000)}
-
-
 def test_the_longest_built_in_solution_fits(tmp_path):
     # 4 tokens an operation, 2 for the answer and the end, within the default of 8 an operation
     args = Args(sft_steps=0, dtype="float32", ops=32)
