@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "tutorial.md").read_text(encoding="utf-8")
-PARTS = re.split(r"^# (?=Introduction|Chapter |Exercises)", TUTORIAL, flags=re.MULTILINE)[1:]
+PARTS = re.split(r"^# (?=Introduction|Chapter |Exercises|Appendix)", TUTORIAL, flags=re.MULTILINE)[1:]
 PARTS[:2] = [PARTS[1].replace("\n", f"\n{PARTS[0]}", 1)]  # the introduction and chapter 1 are one program
 CHAPTERS = {part.splitlines()[0]: part for part in PARTS}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
@@ -65,3 +65,27 @@ def test_index_names_what_exists(title):
 def test_a_wrong_number_is_noticed():
     [(printed, expected)] = run("```python\nprint(1 + 1)\n```\n```text\n3\n```\n")
     assert (printed, expected) == ("2\n", "3\n")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_verl_calls_the_estimators(monkeypatch):
+    """verl's own compute_advantage, with the estimators of 5.2 in its registry, gives what calling them does."""
+    trainer = pytest.importorskip(
+        "verl.trainer.ppo.ray_trainer", reason="verl is not installed (5.2 was tried with verl 0.9.1)")
+    from verl import DataProto
+    from verl.trainer.config import AlgoConfig
+    from verl.trainer.ppo import core_algos
+
+    monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})  # a second registration of a name is refused
+    names = {"__name__": "tutorial"}
+    for code, _ in blocks(TUTORIAL[TUTORIAL.index("\n## 5.2 ") : TUTORIAL.index("\n# Exercises")]):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code, "tutorial.md", "exec"), names)  # noqa: S102 (the page is our own)
+    assert set(core_algos.ADV_ESTIMATOR_REGISTRY) == {"tree_grpo", "treerl", "graph_gpo"} == set(names["uids"])
+    tensors = {"token_level_rewards": names["rewards"], "response_mask": names["mask"]}
+    for name, uid in names["uids"].items():
+        batch = DataProto.from_dict(tensors=dict(tensors), non_tensors={"uid": uid})
+        batch = trainer.compute_advantage(batch, adv_estimator=name, config=AlgoConfig(adv_estimator=name))
+        expected, _ = names[f"{name}_estimator"](*tensors.values(), index=uid)
+        assert expected.abs().sum() > 0
+        assert batch.batch["advantages"].equal(expected) and batch.batch["returns"].equal(expected)
