@@ -2,22 +2,34 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.8", "transformers>=5.0", "tqdm"]
 # ///
-"""GraphGPO: graph-based credit assignment for agentic RL (ICML 2026, arXiv 2605.26684), in one file.
+"""GraphGPO: graph-based credit assignment for agentic RL (ICML 2026, arXiv 2605.26684).
 
-    python graph_gpo.py                                          a tiny Qwen learns to tidy up a house, on a CPU
-    python graph_gpo.py --model Qwen/Qwen2.5-1.5B-Instruct --env envs/alfworld_games.py:ALFWorld    on one GPU
-Advantages: graph_advantages, by goal_distances; of baselines gigpo_advantages, episode_advantages. A world: House.
-Rollouts that share prompts: Player, Lanes, sample. Each token trained on once: Packed, packed_logps. Loss: grpo_loss.
-The loop: train. Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
+    python graph_gpo.py                              a tiny Qwen learns to tidy up a house, on a CPU
+    python graph_gpo.py --model Qwen/Qwen2.5-1.5B-Instruct --env envs/alfworld_games.py:ALFWorld
+
+The algorithm, of which `train` is the loop:
+
+    for each training step:
+        1. rollouts: K of each task                                                      Player.play
+        2. credit: all transitions of a task make a graph; d(s) is the distance to success in it;
+           A_G = z-score of omega^(d(s') + cost) among all that leave s, A = A_G + A_E   advantages
+        3. update: the clipped loss with a KL penalty, each step a sequence of its own   grpo_loss
+        4. the sampler gets the new weights
+
+Steps in the same state have the same prompt, whose keys and values they share, and which they are
+trained on once: the engine, below the loop. Its text is that of the other two scripts, so it has
+more than is needed here (top-p, Node.tree).
+Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
+
+from __future__ import annotations
 
 import argparse
 import copy
 import dataclasses
-import difflib
 import functools
 import heapq
+import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -38,296 +50,262 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-class BadInput(ValueError):
-    """What the user gave cannot be used: the script prints this as one line and exits with 2."""
-
-
-def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
-
-
-@dataclass
-class Args:
-    model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built and warm-started here)")
-    env: str = arg("", "a world of your own, FILE.py:NAME or FILE.py:NAME:ARGUMENT (default: the built-in house)")
-    method: str = arg("graph_gpo", "credit of a step", choices=("graph_gpo", "gigpo", "grpo"))
-    K: int = arg(8, "rollouts per task", low=1)
-    omega: float = arg(0.1, "graph_gpo: what one more unit of cost leaves of a reward", low=1e-9, high=0.999)
-    gamma: float = arg(0.95, "gigpo: discount of rewards per step", high=1)
-    beta_graph: float = arg(1.0, "weight of the step term, A_G (or gigpo's)")
-    beta_episode: float = arg(1.0, "weight of the episode term, A_E")
-    invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
-    penalty_in_return: bool = arg(False, "take it before the z-scores, as the authors' code does (tutorial, 3.7)")
-    merge_similarity: float = arg(1.0, "states at least so alike are merged (1: none)", high=1)
-    dynamic_sampling: int = arg(0, "times per step that tasks whose returns are all equal are replaced")
-    max_steps: int = arg(25, "environment steps per rollout", low=1)
-    history: int = arg(0, "earlier observations and actions in a prompt")
-    steps: int = arg(60, "training steps")
-    tasks: int = arg(16, "tasks per step", low=1)
-    epochs: int = arg(1, "gradient steps per batch", low=1)
-    lr: float | None = arg(None, "learning rate (default: 1e-6 with --model, 5e-4 without)", low=1e-9)
-    warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (it is 1 unless --epochs is above 1)")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high (as clip_low)")
-    kl_coef: float = arg(0.01, "beta, weight of the KL to the starting model (0: no reference model)")
-    temperature: float = arg(1.0, "of the draws in training", low=1e-9)
-    max_tokens: int | None = arg(None, "most tokens of an answer (default: 512 with --model, 8 without)", low=1)
-    sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
-    eval_tasks: int = arg(32, "held-out tasks, each with K rollouts at temperature 1 and a greedy one", low=1)
-    eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
-    save_every: int = arg(10, "steps between checkpoints", low=1)
-    kept_tokens: int = arg(200_000, "most tokens of prompts whose KV is kept for when they are met again")
-    micro_tokens: int = arg(16384, "most tokens per forward and backward", low=1)
-    grad_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = arg("auto", "of forward passes (auto: bfloat16 on CUDA)", choices=("auto", "float32", "bfloat16"))
-    seed: int = arg(0, "of everything random")
-    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
-    resume: str = arg("", "folder of a run to continue (--steps may be raised)")
-
-
-def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
-    one line if it is none."""
-
-    def fail(message):
-        raise BadInput(f"{message} (--help lists the arguments)")
-
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = fail
-    for f in dataclasses.fields(cls):
-        kind = next(
-            t
-            for t in (bool, int, float, str)
-            if t is f.type or t in getattr(f.type, "__args__", ())
-        )
-        how = (
-            {"action": "store_true"}
-            if kind is bool
-            else {"type": kind, "choices": f.metadata["choices"]}
-        )
-        shown = (
-            f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
-        )
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how
-        )
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        low, high = cls.__dataclass_fields__[name].metadata["range"]
-        if not isinstance(value, str) and not low <= value <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
-    return cls(**given), set(given)
-
-
-# ----------------------------------------------------------------------------------------------- GraphGPO: the method
+# ----------------------------------------------------------------------------- GraphGPO: the method
 class SUCCESS:
-    """Where the last transition of a successful rollout leads. The class itself is that state, and equals no other."""
+    """Where the last transition of a successful rollout leads. The class itself is that state, and
+    equals no other."""
+
+
 class Transition(NamedTuple):
     state: object  # anything hashable
     action: str
     next_state: object
-    trajectory: object  # the rollout it is of, hashable; a rollout's transitions are in the order of time
+    trajectory: object  # the rollout it is of, hashable; its transitions are in the order of time
     cost: float = 1.0
 
+
 def goal_distances(transitions: list[Transition]) -> dict[object, float]:
-    """Distance d(s) of each state to success in the graph of all transitions of a task (GraphGPO): the least sum of
-    costs on a way to SUCCESS, itself at 0; the largest of these plus 1 where there is no way. Dijkstra, O((V + E) log
-    V). ValueError for no transitions, costs that are not positive and finite, or a transition that leaves SUCCESS."""
-    number, into = {SUCCESS: 0}, [[]]  # states are numbered, so that the heap never compares them
+    """Distance d(s) of each state to success in the graph of all transitions of a task (GraphGPO,
+    section 3.1): the least sum of costs on a way to SUCCESS, itself at 0; where there is no way,
+    the largest of these plus 1. Dijkstra, O((V + E) log V). ValueError for no transitions, costs
+    that are not positive and finite, or a transition that leaves SUCCESS."""
+    if not transitions:
+        raise ValueError("want at least one transition")
+    into = {}  # state -> (state before, cost) of each edge that leads there
     for state, _, next_state, _, cost in transitions:
         if state is SUCCESS or not 0 < cost < math.inf:
-            raise ValueError(f"want positive finite costs and nothing that leaves SUCCESS, got {state!r}, cost {cost}")
-        for s in (state, next_state):
-            if s not in number:
-                number[s] = len(into)
-                into.append([])
-        into[number[next_state]].append((number[state], cost))
-    if len(into) == 1:
-        raise ValueError("want at least one transition")
-    distance, heap = [0.0] + [math.inf] * (len(into) - 1), [(0.0, 0)]
+            raise ValueError(f"want 0 < cost and nothing that leaves SUCCESS: {state!r}, {cost}")
+        into.setdefault(next_state, []).append((state, cost))
+    d, order = {}, itertools.count()  # order: so that the heap never compares states
+    heap = [(0.0, next(order), SUCCESS)]
     while heap:
-        d, at = heapq.heappop(heap)
-        for before, cost in into[at] if d == distance[at] else ():  # else a shorter way was found since
-            if d + cost < distance[before]:
-                distance[before] = d + cost
-                heapq.heappush(heap, (d + cost, before))
-    beyond = max(d for d in distance if d < math.inf) + 1
-    return {state: min(distance[i], beyond) for state, i in number.items()}
-def per_group(groups: list):
-    """A function (values (n,), how) -> for each value "sum", "mean", "amin" or "amax" of its group's values, (n,)."""
-    number = {}
-    index = torch.tensor([number.setdefault(group, len(number)) for group in groups])
-    return lambda x, how: x.new_zeros(len(number)).scatter_reduce(
-        0, index.to(x.device), x, how, include_self=False)[index.to(x.device)]
+        distance, _, state = heapq.heappop(heap)
+        if state not in d:
+            d[state] = distance  # d(s) = min of cost + d(s')
+            for before, cost in into.get(state, []):
+                heapq.heappush(heap, (distance + cost, next(order), before))
+    beyond = max(d.values()) + 1  # d_max + 1, where there is no way
+    for t in transitions:
+        d.setdefault(t.state, beyond)
+        d.setdefault(t.next_state, beyond)
+    return d
+
+
 def z_scores(values: Tensor, groups: list) -> Tensor:
-    """z-score (unbiased std, no epsilon) of each value among those of its group, (n,) in float64; 0 for a lone one, and
-    where a group's values span no more than rounding does: 1e-9 of the largest."""
-    among, x = per_group(groups), values.double()
-    x = x / among(x.abs(), "amax").clamp(1e-300)  # the largest is 1: squares of tiny ones would be 0, of huge ones inf
-    x = x - among(x, "mean")
-    std = (among(x * x, "sum") / (among(torch.ones_like(x), "sum") - 1)).sqrt()
-    return torch.where(among(x, "amax") - among(x, "amin") <= 1e-9, 0, x / std)
-def graph_advantages(transitions: list[Transition], omega: float = 0.1,
-                     penalties: Tensor | None = None, similarity: float = 1.0) -> Tensor:
-    """A_G of each transition of one task's group: z-score of R_G(s, a, s') = 10 omega^(d(s') + cost) among all that
-    leave s, whatever became of their rollouts (GraphGPO). The scale cancels, so steps far from the goal get their full
-    credit. Returns (len(transitions),), float64. ValueError as in goal_distances, and for omega outside (0, 1). All 0
-    without any success, unless there are `penalties`, of that shape, to be taken from R_G. With `similarity` below 1 the
-    distances are those of merge_states. Both are in the authors' code (tutorial, 3.7)."""
+    """z-score (unbiased std, no epsilon) of each value among those of its group, (n,) in float64; 0
+    for a lone one, and where a group's values span no more than rounding does: 1e-9 of the
+    largest."""
+    x, members = values.double(), {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    z = torch.zeros_like(x)
+    for index in members.values():
+        own = x[index]
+        own = own / own.abs().max().clamp(1e-300)  # squares of tiny values would be 0, of huge inf
+        if own.max() - own.min() > 1e-9:
+            z[index] = (own - own.mean()) / own.std()
+    return z
+
+
+def graph_advantages(transitions: list[Transition], omega: float = 0.1) -> Tensor:
+    """A_G of each transition of one task's rollouts (GraphGPO, section 3.2): z-score of its reward
+    R_G among all that leave the same state, whatever became of their rollouts. Returns
+    (len(transitions),), float64; 0 without any success. ValueError as in goal_distances, and for
+    omega outside (0, 1)."""
     if not 0 < omega < 1:
         raise ValueError(f"want 0 < omega < 1, got {omega}")
-    merged, states = merge_states(transitions, similarity), [t.state for t in transitions]
-    distances = goal_distances(merged)
-    ahead = torch.tensor([distances[t.next_state] + t.cost for t in merged], dtype=torch.float64)
-    if penalties is not None:
-        return z_scores(10 * omega**ahead - penalties, states)
+    d = goal_distances(transitions)
     if not any(t.next_state is SUCCESS for t in transitions):
-        return torch.zeros_like(ahead)
-    return z_scores(omega ** (ahead - per_group(states)(ahead, "amin")), states)  # a state's largest is 1, never 0
-def gigpo_advantages(transitions: list[Transition], rewards: Tensor, gamma: float = 0.95,
-                     penalties: Tensor | None = None, similarity: float = 1.0) -> Tensor:
-    """The step term of GiGPO (arXiv 2505.10978): z-score of a transition's return, sum_k gamma^k r_(t + k) to the end
-    of its rollout, among all that leave the same state. rewards r: (len(transitions),); result: the same, float64.
-    penalties: as in graph_advantages. similarity: below 1 what leaves states that merge_states
-    merges is compared. ValueError unless there are finite rewards of that shape and 0 <= gamma <= 1."""
+        return torch.zeros(len(transitions), dtype=torch.float64)
+    nearest = {}  # state -> the least d(s') + cost of what leaves it
+    for t in transitions:
+        nearest[t.state] = min(d[t.next_state] + t.cost, nearest.get(t.state, math.inf))
+    # R_G(s, a, s') = 10 omega^(d(s') + cost). The factor 10 omega^nearest cancels in the z-score;
+    # with it a state far from success would underflow to 0.
+    further = [d[t.next_state] + t.cost - nearest[t.state] for t in transitions]
+    R_G = omega ** torch.tensor(further, dtype=torch.float64)
+    return z_scores(R_G, [t.state for t in transitions])  # A_G
+
+
+def gigpo_advantages(transitions: list[Transition], rewards: Tensor, gamma: float = 0.95) -> Tensor:
+    """The step term of GiGPO (arXiv 2505.10978): z-score of a transition's return, sum_k gamma^k
+    r_(t + k) to the end of its rollout, among all that leave the same state. rewards r:
+    (len(transitions),); result: the same, float64. ValueError unless there are finite rewards of
+    that shape and 0 <= gamma <= 1."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
-    if not transitions or rewards.shape != (len(transitions),) or not rewards.isfinite().all() or not 0 <= gamma <= 1:
-        raise ValueError(f"want finite rewards, one per transition, and 0 <= gamma <= 1, got {rewards}, {gamma}")
-    later, returns = {}, []
+    shape = (len(transitions),)
+    if not transitions or rewards.shape != shape or not rewards.isfinite().all():
+        raise ValueError(f"want finite rewards, one per transition, got {rewards}")
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"want 0 <= gamma <= 1, got {gamma}")
+    later, returns = {}, []  # later: trajectory -> the return from its next step on
     for t, reward in zip(reversed(transitions), reversed(rewards.tolist())):
         later[t.trajectory] = reward + gamma * later.get(t.trajectory, 0.0)
         returns.append(later[t.trajectory])
     returns = torch.tensor(returns[::-1], dtype=torch.float64)
-    if similarity < 1:
-        left = [t._replace(next_state=t.state) for t in transitions]  # where a rollout ended is no group
-        transitions = merge_states(left, similarity)
-    return z_scores(returns if penalties is None else returns - penalties, [t.state for t in transitions])
+    return z_scores(returns, [t.state for t in transitions])
+
+
 def episode_advantages(returns: Tensor) -> Tensor:
-    """A_E of each rollout of one task's group: z-score of its return (GRPO). (trajectories,) -> the same, in float64.
-    ValueError for none, another shape, or a return that is not finite."""
+    """A_E of each rollout of one task: z-score of its return (GRPO). (rollouts,) -> the same, in
+    float64. ValueError for none, another shape, or a return that is not finite."""
     returns = torch.as_tensor(returns, dtype=torch.float64)
     if returns.dim() != 1 or not len(returns) or not returns.isfinite().all():
-        raise ValueError(f"want finite returns (trajectories,), got {returns}")
+        raise ValueError(f"want finite returns (rollouts,), got {returns}")
     return z_scores(returns, [0] * len(returns))
-def merge_states(transitions: list[Transition], similarity: float) -> list[Transition]:
-    """The same transitions, but each state is replaced by the first earlier one whose text is at
-    least `similarity` (difflib's ratio, 0 to 1) like its own and which stays. At 1 none is."""
-    def like(one: str, other: str) -> bool:
-        match = difflib.SequenceMatcher(None, one, other)  # two bounds are cheaper than the ratio
-        bounds = (match.real_quick_ratio, match.quick_ratio)
-        return all(ratio() >= similarity for ratio in (*bounds, match.ratio))
-    if similarity >= 1:
-        return transitions
-    merged, kept = {SUCCESS: SUCCESS}, {}  # kept: a state that stays -> its text
-    for state in (s for t in transitions for s in (t.state, t.next_state)):
-        if state not in merged:
-            merged[state] = next((s for s, text in kept.items() if like(str(state), text)), state)
-            kept.setdefault(merged[state], str(state))
-    return [t._replace(state=merged[t.state], next_state=merged[t.next_state]) for t in transitions]
-# ----------------------------------------------------------------------------------- the house, a world of its own
-ROOMS = {"hall": ("bench", "rack"), "kitchen": ("counter", "fridge", "microwave", "sink", "cabinet"),
-         "lounge": ("sofa", "table", "shelf", "chest"), "bedroom": ("bed", "desk", "drawer", "wardrobe"),
-         "bathroom": ("basin", "bathtub", "hamper")}  # the hall leads to each of the others
-PLACES = {place: room for room, places in ROOMS.items() for place in places}
-LIDDED = ("fridge", "microwave", "cabinet", "chest", "drawer", "wardrobe", "hamper")  # shut at the beginning
-TREATED = {"clean": ("sink", "washed"), "heat": ("microwave", "hot"), "cool": ("fridge", "cold")}  # where, and then
-THINGS, VERBS = ("mug", "plate", "apple", "bread", "towel", "cup", "pan"), ("go", "open", "take", "put", *TREATED)
 
-class House:
-    """A household in the manner of ALFWorld, deterministic: find a thing, take it, clean, heat or cool it, and put it
-    somewhere; 4 to 14 steps if none is wasted. A world is whatever has this shape, Gymnasium's, with texts:
-    reset(seed, options) -> observation, info: the seed decides on the task; options["held_out"]: one never trained on.
-    step(action) -> observation, reward, terminated, truncated, info: terminated is success if reward > 0, else failure.
-    info["task"], from reset: what to do. info["state"]: the key, text, equal where states are (default: observation).
-    info["valid"], from step: was it an action (default: yes)? `instruction`: what a chat model is told before the task.
-    For the tiny model `words`, texts of one token each (others it spells), and demonstrate(rng), an action."""
-    instruction = """You are in a house. Do the task, one action at a time: go <room or place>, open <place>,
-take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge). The hall leads to kitchen, lounge,
-bedroom and bathroom. Think briefly, then write <action>...</action>.\n\n"""
-    words = (*(f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain", "door", "hand")),
-        "Task: put a", " into the", " of the", ".\n", "You are in the", " at the", ". It is", " open", " shut",
-        " nothing", ". You see:", ". You hold:", ". The", " is in the", ", in the", "Nothing happens. ", *VERBS)
-    def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
-        rng, held_out, told = random.Random(seed), bool((options or {}).get("held_out")), ""
-        while not told or self.where[self.thing] == self.goal or (random.Random(told).random() < 0.2) != held_out:
-            self.verb, self.goal, things = rng.choice(["", *TREATED]), rng.choice([*PLACES]), rng.sample(THINGS, 3)
-            self.thing, self.where = things[0], {thing: rng.choice([*PLACES]) for thing in things}
-            told = f"{self.verb} {self.thing} {self.goal} {self.where[self.thing]}"  # a fifth of these is held out
-        self.at, self.open, self.how = rng.choice([*ROOMS]), set(), dict.fromkeys(things, "plain")
-        self.want = TREATED[self.verb][1] if self.verb else ""
-        task = f"put a {self.want} {self.thing} into the {self.goal} of the {PLACES[self.goal]}.".replace("  ", " ")
-        return self.look(), {"task": task, "state": self.key()}
-    def held(self) -> str:
-        return next((thing for thing, place in self.where.items() if place == "hand"), "nothing")
-    def shut(self) -> bool:
-        return self.at in LIDDED and self.at not in self.open
-    def key(self) -> str:
-        things = ", ".join(f"{how} {thing} {self.where[thing]}" for thing, how in self.how.items())
-        return f"{self.at}: {things}" + f"; open: {' '.join(sorted(self.open))}" * bool(self.open)
-    def look(self) -> str:
-        seen = [thing for thing, at in self.where.items() if at == self.at and not self.shut()] or ["nothing"]
-        here, where = PLACES.get(self.at, self.at), self.where[self.thing]
-        return (f"You are in the {here} at the {'door' if self.at in ROOMS else self.at}. It is "
-                f"{'shut' if self.shut() else 'open'}. You see: {' '.join(seen)}. You hold: {self.held()}. The "
-                f"{self.how[self.thing]} {self.thing} is in the {PLACES.get(where, here)}, in the {where}.")
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        verb, _, what = action.lower().rpartition(" ")
-        room, held, valid = PLACES.get(self.at, self.at), what == self.held() != "nothing", True
-        if verb == "go" and what != self.at and (PLACES.get(what) == room or what in ROOMS and "hall" in (room, what)):
-            self.at = what
-        elif verb == "open" and what == self.at and self.shut():
-            self.open.add(what)
-        elif verb == "take" and self.where.get(what) == self.at and not self.shut() and self.held() == "nothing":
-            self.where[what] = "hand"
-        elif verb == "put" and held and self.at in PLACES and not self.shut():
-            self.where[what] = self.at
-        elif verb in TREATED and held and self.at == TREATED[verb][0]:
-            self.how[what] = TREATED[verb][1]
-        else:
-            valid = False
-        done = self.where[self.thing] == self.goal and self.want in (self.how[self.thing], "")
-        seen = "Nothing happens. " * (not valid) + self.look()
-        return seen, float(done), done, False, {"state": self.key(), "valid": valid}
-    def demonstrate(self, rng: random.Random | None = None) -> str:
-        """The next action of one who often forgets lids and treatments, takes the bedroom for the bathroom, and now
-        and then does anything at all: habits for reward to mend. Without rng: of one without mistakes."""
-        def wrong(rate: float) -> bool:
-            return rng is not None and rng.random() < rate
-        here = PLACES.get(self.at, self.at)
-        if wrong(0.2):
-            verb = rng.choice(VERBS)
-            return f"{verb} {rng.choice([*ROOMS, *ROOMS[here]] if verb in ('go', 'open') else [*self.where])}"
-        place, action = self.goal, f"put {self.thing}"
-        if self.held() not in (self.thing, "nothing"):  # it is in the way
-            place, action = ROOMS[here][0], f"put {self.held()}"
-        elif self.held() == "nothing":
-            place, action = self.where[self.thing], f"take {self.thing}"
-        elif self.want not in (self.how[self.thing], "") and not wrong(0.5):
-            place, action = TREATED[self.verb][0], f"{self.verb} {self.thing}"
-        room = PLACES[place]
-        if here == "hall" != room and wrong(0.7 if room == "bathroom" else 0.02):
-            room = "bedroom" if room == "bathroom" else "bathroom"
-        way = place if here == room else room if "hall" in (here, room) else "hall"
-        if self.at != way:
-            return f"go {way}"
-        return f"open {place}" if self.shut() and action.startswith(("take", "put")) and not wrong(0.6) else action
-# ---------------------------------------------------------------------------------- the token tree
+
+def advantages(task: Task, args) -> Tensor:
+    """Advantage of each step of a task's rollouts: beta_graph A_G + beta_episode A_E (GraphGPO,
+    section 3.3), less the penalty of an invalid action; with --method gigpo its step term for A_G,
+    with grpo none."""
+    transitions = [step.transition for step in task.steps]
+    A = args.beta_episode * episode_advantages(task.returns)[[t.trajectory for t in transitions]]
+    if args.method == "graph_gpo":
+        A += args.beta_graph * graph_advantages(transitions, args.omega)
+    elif args.method == "gigpo":
+        rewards = [step.reward for step in task.steps]
+        A += args.beta_graph * gigpo_advantages(transitions, rewards, args.gamma)
+    invalid = torch.tensor([not step.valid for step in task.steps])
+    return A - args.invalid_penalty * invalid
+
+
+def credit(task: Task, tasks: int, args) -> list[Group]:
+    """Each step is a sequence of its own, its action, below a prompt that it may share. The loss is
+    a mean over a task's steps, and over tasks."""
+    taken, first = {}, {}  # prompt -> actions taken there, and their advantages
+    for step, A in zip(task.steps, advantages(task, args)):
+        key = (step.node.parent, *step.node.tokens)
+        node = first.setdefault(key, step.node)  # equal actions share a node
+        taken.setdefault(node.parent, []).append((node, A))
+    groups = []
+    for pairs in taken.values():
+        nodes, A = [node for node, _ in pairs], torch.stack([A for _, A in pairs])
+        groups.append(Group(task.root, nodes, A[:, None], 1 / len(task.steps) / tasks))
+    return groups
+
+
+# ----------------------------------------------------------------------------------------- the loss
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
+
+    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
+    without any), which the caller divides by the prompt's sequences, Eq. 8's G, and by the prompts;
+    and sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their
+    gradient), kl (nats).
+
+    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
+    is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
+    ValueError unless kl_coef is 0."""
+    if ref_logp is None and kl_coef:
+        raise ValueError("kl_coef needs ref_logp")
+    mask = mask.bool()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
+
+    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
+    plain = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(plain, clipped)  # Eq. 8, with its KL below
+
+    gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
+    gap = gap.masked_fill(~mask, 0)
+    kl = gap.exp() - gap - 1
+    if kl_coef:
+        loss = loss + kl_coef * kl
+    stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
+    return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
+
+
+# ------------------------------------------------------------------------------- the training loop
+def train(args, model, reference, player: Player, state: dict | None) -> None:
+    """player.model samples: `model` itself, or its copy in bfloat16. state: a checkpoint's, to go
+    on from, or None."""
+    out, tokenizer = Path(args.out), player.tokenizer
+    optimizer = new_optimizer(model, args, state)
+    first = state["step"] if state else 0
+    log = Log(args, state["metrics"] if state else 0)
+    if not state:
+        save_checkpoint(out, 0, model, tokenizer, optimizer, args)
+    if first == 0:
+        log("eval", 0, player.evaluate())
+    signals = catch_signals()
+    bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        peak_gb(model.device)  # counts from here on
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        optimizer.param_groups[0]["lr"] = lr
+        rng = random.Random(f"{args.seed}/{step}")
+        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60))
+        counts = Counter()
+
+        # 1. Rollouts: K of each task.
+        seeds = [rng.getrandbits(32) for _ in range(args.tasks)]
+        tasks = player.play(seeds, args.K, generator, args.temperature, counts)
+
+        # 2. Credit: A_G and A_E (sections 3.1 to 3.3).
+        groups = [group for task in tasks for group in credit(task, len(tasks), args)]
+        sampled = time.perf_counter()
+
+        # 3. Update; then the sampler gets the new weights.
+        row = update(model, reference, optimizer, groups, args)
+        copy_weights(model, player.model)
+
+        # 4. Log, draw, evaluate, save.
+        n = args.K * len(tasks)
+        row["reward"] = sum(sum(task.returns) for task in tasks) / n
+        row["success"] = sum(sum(task.won) for task in tasks) / n
+        prompts = [length([task.root, *task.root.children]) for task in tasks]
+        row["prompt_tokens_training"] = sum(prompts)
+        row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
+        row["seconds"] = time.perf_counter() - began
+        row["seconds_sampling"] = sampled - began
+        row["peak_gb"] = peak_gb(model.device)
+        log("train", step + 1, row)
+        speed = row["generated_tokens"] / row["seconds"]
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
+        (out / "graph.md").write_text(picture(tasks, args), "utf-8", "replace")
+        last = step + 1 == args.steps
+        if last or args.eval_every and (step + 1) % args.eval_every == 0:
+            log("eval", step + 1, player.evaluate())
+        if last or signals or (step + 1) % args.save_every == 0:
+            save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
+            if signals and not last:
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
+    save_model(out / "final", model, tokenizer)
+    print(f"model in {out / 'final'}")
+
+
+# ==================================================================================================
+# The engine: the same text in all three scripts, to be read once. It computes what tests/naive.py
+# does with one forward per path, but fast: branches share the keys and values above them when they
+# are sampled, and each token of a tree is trained on once.
+# ==================================================================================================
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent.
+    """A run of tokens below one parent: a prompt (a root), an agent step with its observation
+    (Tree-GRPO), a segment between forks (TreeRL), an action (GraphGPO).
 
-    A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between forks (TreeRL), a
-    prompt's end or an action (GraphGPO). `kv`, while in use: kv[..., j, :] is of the token *before*
+    The first len(logps) of its tokens were drawn by the policy and carry loss; the others, a prompt
+    or an observation, were not. `kv`, while in use: kv[..., j, :] is of the token *before*
     tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
     So what begins below a node finds all but the node's last token there, and runs that again."""
 
-    parent: "Node | None" = None
+    parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
-    logps: list[float] = field(default_factory=list)  # at temperature 1; 0 where not sampled
-    children: list["Node"] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # at temperature 1
+    children: list[Node] = field(default_factory=list)
     tree: int = 0  # which of the prompt's trees, that is: from whose trunk it hangs
     reward: float | None = None  # of a leaf
     kv: Tensor | None = None  # (layers, 2, KV heads, tokens, head size)
@@ -336,19 +314,14 @@ class Node:
         if self.parent is not None:
             self.parent.children.append(self)
 
-    def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None):
-        self.tokens += tokens
-        self.sampled += [sampled] * len(tokens)
-        self.logps += logps or [0.0] * len(tokens)
-
-    def path(self) -> list["Node"]:
+    def path(self) -> list[Node]:
         """The nodes from the root to this one."""
         nodes = [self]
         while nodes[-1].parent:
             nodes.append(nodes[-1].parent)
         return nodes[::-1]
 
-    def below(self) -> list["Node"]:
+    def below(self) -> list[Node]:
         """This node and all under it, a child with all under it before the next child."""
         nodes, stack = [], [self]
         while stack:
@@ -356,7 +329,7 @@ class Node:
             stack += reversed(nodes[-1].children)
         return nodes
 
-    def leaves(self) -> list["Node"]:
+    def leaves(self) -> list[Node]:
         return [node for node in self.below() if not node.children]
 
     @property
@@ -373,80 +346,35 @@ def forget(nodes) -> None:  # frees memory; what is needed again is computed aga
         node.kv = None
 
 
+def batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
     width = -(-max(map(len, rows)) // multiple) * multiple
     return [row + [pad] * (width - len(row)) for row in rows]
 
 
-def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
-    """The attention that transformers calls in each layer. `tree`, which is handed through the
-    model's keyword arguments, does it: tree(layer, q, k, v, scaling)."""
-    return tree(module.layer_idx, query, key, value, scaling), None
+def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
+    """The attention that transformers calls in each layer. `attend`, which is handed through the
+    model's keyword arguments, does it."""
+    return attend(module.layer_idx, query, key, value, scaling), None
 
 
 def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def products(a: Tensor, b: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """scale a @ b.mT + mask (without a mask a @ b.mT), in float32 also of bfloat16, to which scores
-    and logits would be rounded otherwise. a: (batch, n, D), b: (batch, m, D), mask: (batch, n or 1,
-    m). Returns (batch, n, m)."""
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.mT in float32; in bfloat16 scores and logits would be rounded. a: (batch, n, D),
+    b: (batch, m, D). Returns (batch, n, m)."""
     if a.is_cuda and a.dtype == torch.bfloat16:
-        out = torch.bmm(a, b.mT, out_dtype=torch.float32)
-        return out if mask is None else torch.add(mask, out, alpha=scale)
-    a, b = full_precision(a), full_precision(b)
-    if mask is None:
-        return torch.bmm(a, b.mT)
-    return torch.baddbmm(mask, a, b.mT, alpha=scale)
+        return torch.bmm(a, b.mT, out_dtype=torch.float32)
+    return torch.bmm(full_precision(a), full_precision(b).mT)
 
 
-# ------------------------------------------------------------------------ sampling with shared KV
-# What follows computes what tests/naive.py does by one forward per path, but fast. Read that first.
-def prefill(model, nodes: list[Node]) -> int:
-    """Compute the KV of the roots above the nodes, where they have none, but for each root's last
-    token, which each branch runs itself. Returns how many tokens that were."""
-    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
-    if not roots:
-        return 0
-    layers = []
-
-    def attend(layer, q, k, v, scaling):  # causal, so the padding on the right is never seen
-        layers.append(torch.stack([k, v]))
-        how = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-        return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
-
-    at_once = max(1, MOST_PROMPT_TOKENS // max(len(root.tokens) for root in roots))
-    for start in range(0, len(roots), at_once):
-        part = roots[start : start + at_once]
-        ids = torch.tensor(padded([root.tokens[:-1] for root in part]), device=model.device)
-        model.model(ids.long(), use_cache=False, tree=attend)
-        for i, root in enumerate(part):
-            root.kv = torch.stack([kv[:, i, :, : len(root.tokens) - 1] for kv in layers])
-        layers.clear()
-    return length(roots) - len(roots)
-
-
-def gather_kv(like: Tensor, paths: list[list[Node]], room: int) -> list[Tensor]:
-    """For each layer the keys and values that the nodes of each path hold, one after the other and
-    zeros after them, (2, KV heads, paths, room, head size). like: some node's kv."""
-    held, slots = [], []
-    for i, path in enumerate(paths):
-        nodes = [node for node in path if node.cached]
-        held += nodes
-        slots += range(i * room, i * room + sum(node.cached for node in nodes))
-    slots = torch.tensor(slots, device=like.device)
-    layers = []
-    for layer in range(len(like)):
-        kv = like.new_zeros(2, like.shape[2], len(paths) * room, like.shape[-1])
-        if held:
-            kv.index_copy_(2, slots, torch.cat([node.kv[layer] for node in held], 2))
-        layers.append(kv.unflatten(2, (len(paths), room)))
-    return layers
-
-
-MOST_SCORES = 2**26  # elements of a score matrix in the sampler
-MOST_PROMPT_TOKENS = 2**14  # of a forward that computes prompts, padding included
+# ---------------------------------------------------------------------------- engine: sampling
+MOST_SCORES = 2**26  # elements of a score matrix
 LOOK = {"cuda": 8}  # how many tokens are drawn before the host looks at them; elsewhere 1
 
 
@@ -454,78 +382,61 @@ class Lanes:
     """Branches in flight: a row per prompt, a lane per branch; lanes left over in a row stay idle.
 
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
-    own, in `own`. A new token attends to both: two score matrices, one softmax.
+    own, in `own`. A new token attends to both: two score matrices, one softmax. A lane has `room`
+    for some more tokens. When one is full, or when most lanes idle, what was computed is stored in
+    the nodes, and new Lanes go on from there.
 
     Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
-    the tokens that were not run yet. `at` and `token` are length and the last of new on the device,
-    where `step` counts them on.
+    the tokens that were not run yet. `at` and `token` are copies of length and of the last of new
+    on the device, which `step` advances.
 
     Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
     them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
-        self.model, self.on_cuda = model, model.device.type == "cuda"
-        experts = any(hasattr(model.config, x) for x in ("num_experts", "num_local_experts"))
-        self.recorded = self.on_cuda and not experts  # these are chosen with the host's help
+        self.model, self.graph, device = model, None, model.device
+        self.recorded = device.type == "cuda"
         rows = {}  # root -> the nodes to be sampled below it
         for node in nodes:
             rows.setdefault(node.path()[0], []).append(node)
-        self.set_grid(list(rows.values()))
+        self.W = max(map(len, rows.values()))
+        self.grid = [node for row in padded(list(rows.values()), None) for node in row]
 
-        roots, paths = list(rows), [node.path() if node else [] for node in self.grid]
-        self.length = [sum(node.cached for node in path[1:]) for path in paths]
-        self.new = []
-        for path in paths:
-            tokens = [token for node in path for token in node.tokens]
-            self.new.append(tokens[sum(node.cached for node in path) :] or [0])
-        P = max(root.cached for root in roots)
-        S = max(n + len(new) for n, new in zip(self.length, self.new)) + 32
-        self.shared = gather_kv(roots[0].kv, [[root] for root in roots], P)  # (2, h, R, P, D)
-        self.own = gather_kv(roots[0].kv, [path[1:] for path in paths], S)  # (2, h, B, S, D)
-        prompt = torch.tensor([root.cached for root in roots], device=model.device)
-        self.set_buffers(prompt.repeat_interleave(self.W))
+        self.length, self.new, paths = [], [], []
+        for node in self.grid:
+            path = node.path() if node else []
+            tokens = [token for above in path for token in above.tokens]
+            self.new.append(tokens[sum(above.cached for above in path) :] or [0])
+            paths.append(path[1:])
+            self.length.append(sum(above.cached for above in path[1:]))
+        longest = max(n + len(new) for n, new in zip(self.length, self.new))
+        self.room = longest + max(64, longest // 2)
+        P, S = max(root.cached for root in rows), self.room + 1  # the last slot is for pads
+        self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
+        self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
 
-    def set_grid(self, rows: list[list]) -> None:
-        self.W = max(map(len, rows))
-        self.grid = [node for row in padded(rows, None) for node in row]
-
-    def set_buffers(self, prompt: Tensor) -> None:
-        """What a step reads and writes, in places that stay; a new recording is due."""
-        self.prompt = prompt  # (B,), how long each lane's prompt is
-        self.at = torch.zeros_like(prompt)  # (B,), the slot of the token to be run next
-        self.token = torch.zeros_like(prompt)  # (B,), that token
-        dtype = torch.promote_types(self.own[0].dtype, torch.float32)
-        self.drawn = torch.zeros(3, len(prompt), dtype=dtype, device=prompt.device)
-        _, h, _, P, _ = self.shared[0].shape
-        beyond = torch.arange(P, device=prompt.device) >= prompt[:: self.W, None]  # (R, P)
-        mask = self.drawn.new_zeros(()).where(~beyond, -torch.inf)
-        self.prompt_mask = mask.repeat(h, 1)[:, None]  # (h R, 1, P)
-        self.graph = None
-
-    def make_room(self, slots: int) -> int:
-        """Room in each lane for so many slots, and one for pads. Returns how many to look at."""
-        S = self.own[0].shape[3]
-        if slots >= S:
-            more = slots + 1 + max(64, S // 2) - S
-            for layer, kv in enumerate(self.own):  # one by one, so that one is there twice at most
-                self.own[layer] = F.pad(kv, (0, 0, 0, more))
-            self.graph = None
-        return self.own[0].shape[3] if self.on_cuda else slots  # what is recorded sees them all
+        # What a step reads and writes, in places that stay.
+        prompt = torch.tensor([root.cached for root in rows], device=device)
+        self.prompt = prompt.repeat_interleave(self.W)  # (B,), how long each lane's prompt is
+        self.at = torch.zeros_like(self.prompt)  # (B,), the slot of the token to be run next
+        self.token = torch.zeros_like(self.prompt)  # (B,), that token
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.drawn = torch.zeros(3, len(self.grid), dtype=dtype, device=device)
 
     def catch_up(self) -> None:
         """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
         score matrix must not get too large."""
-        keys = self.shared[0].shape[3] + self.own[0].shape[3]
+        keys = self.shared.shape[4] + self.room
         heads = self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
         while max(map(len, self.new)) > 1:
             part = [tokens[:-1][:most] for tokens in self.new]
             counts = [len(tokens) for tokens in part]
-            seen = self.make_room(max(self.length) + max(counts))
             self.at.copy_(torch.tensor(self.length))
             ids, count = (torch.tensor(x, device=self.at.device) for x in (padded(part), counts))
-            self.run(ids, count, seen)
-            self.length = [n + more for n, more in zip(self.length, counts)]
+            after = [n + more for n, more in zip(self.length, counts)]
+            self.run(ids, count, seen=max(after))
+            self.length = after
             self.new = [tokens[n:] for n, tokens in zip(counts, self.new)]
 
     def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
@@ -534,44 +445,41 @@ class Lanes:
 
         Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
         one: a CUDA graph cannot hold that."""
-        (B, n), (_, h, _, S, _), device = ids.shape, self.own[0].shape, ids.device
-        g = self.model.config.num_attention_heads // h
-
-        # Token j of lane b goes to slot at[b] + j; a pad to the last slot, which is never seen.
+        (B, n), P, device = ids.shape, self.shared.shape[4], ids.device
         column = torch.arange(n, device=device)
-        slot = self.at[:, None] + column  # (B, n)
-        target = torch.where(column < count[:, None], slot, S - 1)
-        block = torch.arange(h * B, device=device).view(h, B).T[:, :, None]
-        target = (block * S + target[:, None]).flatten()  # of (B, h, n) keys in (h B S)
-
+        slot = self.at[:, None] + column  # (B, n), where a token goes
         # It sees its prompt and, in its lane, the slots up to its own.
-        visible = torch.arange(seen, device=device) <= slot[:, :, None]  # (B, n, seen)
-        mask = self.drawn.new_zeros(()).where(visible, -torch.inf)
-        mask = mask[:, None].expand(h, B, g, n, seen).reshape(h * B, g * n, seen)
+        prompt = torch.arange(P, device=device) < self.prompt[:, None, None]  # (B, 1, P)
+        own = torch.arange(seen, device=device) <= slot[:, :, None]  # (B, n, seen)
+        visible = torch.cat([prompt.expand(B, n, P), own], -1)[:, None]
+        mask = self.drawn.new_zeros(()).where(visible, -torch.inf)  # (B, 1, n, P + seen)
+        target = slot.where(column < count[:, None], self.room)  # a pad goes where nobody looks
 
         attend = functools.partial(self.attend, target, mask)
         position = slot + self.prompt[:, None]
-        out = self.model.model(ids, position_ids=position, use_cache=False, tree=attend)
+        out = self.model.model(ids, position_ids=position, use_cache=False, attend=attend)
         return out.last_hidden_state
 
     def attend(self, target, mask, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float):
         """A layer's attention. q: (B, h g, n, D), k and v: (B, h, n, D). Returns (B, n, h g, D)."""
-        (B, heads, n, D), h, R = q.shape, k.shape[1], self.shared[layer].shape[2]
-        for block, new in zip(self.own[layer], (k, v)):
-            block.view(-1, D).index_copy_(0, target, new.reshape(-1, D))
-        shared_k, shared_v = self.shared[layer].flatten(1, 2)  # (h R, P, D)
-        P, seen = shared_k.shape[1], mask.shape[2]
-        own_k, own_v = self.own[layer][..., :seen, :].flatten(1, 2)  # (h B, seen, D)
+        (B, heads, n, D), h = q.shape, k.shape[1]
+        shared, own = self.shared[layer], self.own[layer]
+        (R, P), seen = shared.shape[2:4], mask.shape[-1] - shared.shape[3]
+        lane = torch.arange(B, device=q.device)[:, None]
+        own[:, :, lane, target] = torch.stack([k, v]).transpose(1, 2)
+        shared_k, shared_v = shared.flatten(1, 2)  # (h R, P, D)
+        own_k, own_v = own[..., :seen, :].flatten(1, 2)  # (h B, seen, D)
 
         # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
         # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
-        q = q.reshape(B, h, -1, D).transpose(0, 1).reshape(h * B, -1, D)
-        shared = products(q.view(h * R, -1, D), shared_k, self.prompt_mask, scaling)
-        own = products(q, own_k, mask, scaling)
-        scores = torch.cat([shared.view(h * B, -1, P), own], -1)  # (h B, g n, P + seen)
-        weights = scores.softmax(-1).to(v.dtype)
+        gn = heads // h * n
+        q = q.reshape(B, h, gn, D).transpose(0, 1).reshape(h * B, gn, D)
+        on_prompt = products(q.view(h * R, -1, D), shared_k).view(h * B, gn, P)
+        scores = torch.cat([on_prompt, products(q, own_k)], -1).view(h, B, -1, n, P + seen)
+        torch.add(mask, scores, alpha=scaling, out=scores)
+        weights = scores.softmax(-1).to(v.dtype).view(h * B, gn, P + seen)
         out = weights.view(h * R, -1, P + seen)[..., :P] @ shared_v
-        out = torch.baddbmm(out.view(h * B, -1, D), weights[..., P:], own_v)
+        out = torch.baddbmm(out.view(h * B, gn, D), weights[..., P:], own_v)
         return out.view(h, B, -1, n, D).permute(1, 3, 0, 2, 4).reshape(B, n, heads, D)
 
     def step(self, seen: int, temperature: float, top_p: float, generator) -> None:
@@ -593,7 +501,7 @@ class Lanes:
     def decode(self, steps: int, temperature: float, top_p: float, generator):
         """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
         and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
-        seen = self.make_room(max(self.length) + steps)
+        seen = self.room if self.recorded else max(self.length) + steps
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
         step = functools.partial(self.step, seen, temperature, top_p, generator)
@@ -610,33 +518,47 @@ class Lanes:
 
     def store(self, b: int) -> None:
         """Copy what lane b computed to its nodes, from which a later branch starts."""
-        start = 0
-        for node in self.grid[b].path()[1:]:
+        start, path = 0, self.grid[b].path()
+        for node in path[1:] or path:  # a root, while its prompt is computed, is in a lane itself
             end = min(start + len(node.tokens), self.length[b])
             if node.cached < end - start:
-                node.kv = torch.stack([kv[:, :, b, start:end] for kv in self.own])
+                node.kv = self.own[:, :, :, b, start:end].clone()
             start = end
 
-    def shrink(self, live: list[int]) -> list[int]:
-        """Drop lanes that are not in `live` if the batch gets a quarter smaller (on CUDA a half, as
-        a step is recorded anew). Returns where the live ones are now."""
-        rows = {}  # row -> its live lanes
-        for b in live:
-            rows.setdefault(b // self.W, []).append(b)
-        size = len(rows) * max(map(len, rows.values()))
-        if size > (0.5 if self.on_cuda else 0.75) * len(self.grid):
-            return live
-        grid = [[self.grid[b] for b in row] for row in rows.values()]
-        kept = [b for row in padded(list(rows.values()), live[0]) for b in row]
-        self.set_grid(grid)
-        self.length = [self.length[b] if node else 0 for b, node in zip(kept, self.grid)]
-        self.new = [self.new[b] if node else [0] for b, node in zip(kept, self.grid)]
-        kept, left = (torch.tensor(x, device=self.at.device) for x in (kept, list(rows)))
-        for layer in range(len(self.own)):
-            self.own[layer] = self.own[layer].index_select(2, kept)
-            self.shared[layer] = self.shared[layer].index_select(2, left)
-        self.set_buffers(self.prompt[kept])
-        return [b for b, node in enumerate(self.grid) if node]
+    def serve(self, live: list[int], steps: int) -> bool:
+        """Can these lanes go on for so many tokens? Not if there is no room, nor if they would fit
+        into three quarters of the lanes (into half of them where a step has to be recorded)."""
+        rows = Counter(b // self.W for b in live)
+        share = len(rows) * max(rows.values()) / len(self.grid)
+        enough = share > (0.5 if self.recorded else 0.75)
+        return enough and max(self.length) + steps <= self.room
+
+
+def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
+    """The keys and values that the nodes of each path hold, one after the other and zeros after
+    them: (layers, 2, KV heads, paths, room, head size)."""
+    c = model.config
+    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
+    kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    for i, path in enumerate(paths):
+        start = 0
+        for node in path:
+            if node.cached:
+                kv[:, :, :, i, start : start + node.cached] = node.kv
+                start += node.cached
+    return kv
+
+
+@torch.inference_mode()
+def compute(model, nodes: list[Node]) -> None:
+    """The keys and values of prompts, roots or nodes below computed roots, but for the last token
+    of each, which each branch runs itself."""
+    lanes = Lanes(model, nodes)
+    lanes.catch_up()
+    for b, node in enumerate(lanes.grid):
+        if node:
+            lanes.store(b)
 
 
 def record(step, generator):
@@ -698,13 +620,24 @@ def sample(
     last one is not counted), generated_tokens and entropy (their sum, in nats).
     FloatingPointError if a log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    counts["forwarded_tokens"] += prefill(model, nodes)
+    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
+    if roots:
+        compute(model, roots)
     lanes = Lanes(model, nodes)
-    live = [b for b, node in enumerate(lanes.grid) if node]
-    counts["forwarded_tokens"] += sum(len(lanes.new[b]) for b in live)
+    counts["forwarded_tokens"] += length(roots) - len(roots)
+    counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
     lanes.catch_up()
     limit = dict(zip(nodes, limits))
+    live = [b for b, node in enumerate(lanes.grid) if node]
     while live:
+        if not lanes.serve(live, look):
+            nodes = [lanes.grid[b] for b in live]
+            for b in live:
+                lanes.store(b)
+            lanes = None  # its memory is free before the new ones take theirs
+            lanes = Lanes(model, nodes)
+            forget(nodes)
+            live = [b for b, node in enumerate(lanes.grid) if node]
         tokens, logps, entropies = lanes.decode(look, temperature, top_p, generator)
         if not math.isfinite(sum(map(sum, logps))):
             raise FloatingPointError("the policy's logits are not finite")
@@ -712,78 +645,42 @@ def sample(
         for b in live:
             node, over, i = lanes.grid[b], False, 0
             while i < look and not over:  # what was drawn after the end is dropped
-                token = tokens[i][b]
-                node.add([token], True, [logps[i][b]])
+                node.tokens.append(tokens[i][b])
+                node.logps.append(logps[i][b])
                 counts["entropy"] += entropies[i][b]
-                over = token in eos or len(node.tokens) >= limit[node] or stop(node.tokens)
+                ended = tokens[i][b] in eos or stop(node.tokens)
+                over = ended or len(node.tokens) >= limit[node]
                 i += 1
             counts["generated_tokens"] += i
             counts["forwarded_tokens"] += i - over
             lanes.length[b] += i
-            lanes.new[b] = [token]
+            lanes.new[b] = node.tokens[-1:]
             if over and keep:
                 lanes.store(b)
             if over:
-                lanes.length[b], lanes.new[b] = 0, [0]  # it idles there until the batch shrinks
+                lanes.length[b], lanes.new[b] = 0, [0]  # the lane idles from now on
             else:
                 going.append(b)
-        live = lanes.shrink(going) if going else []
+        live = going
 
 
-# ---------------------------------------------------------- training: trees packed into one row
-class Sample(NamedTuple):
-    """A prompt's part of the loss."""
+# ---------------------------------------------------------------------------- engine: training
+class Group(NamedTuple):
+    """The sequences of one prompt, from the root to each leaf, and their part of the loss."""
 
     root: Node
     leaves: list[Node]
-    advantages: list[Tensor]  # of each leaf: one number, or one per sampled token
-    weight: float  # of the sum over the leaves
+    advantages: Tensor  # (leaves, 1), or (leaves, length): one per sampled token, padded
+    weight: float  # of the sum over the leaves: Eq. 8's 1 / G, over the prompts of the step
 
 
-@dataclass
-class Flat:
-    """The unique tokens of some trees, by segments: runs of tokens without a branch."""
+def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
+    """Segments of like length, (tokens, path), into buckets, one attention call for each.
 
-    tokens: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)  # the place of the token above each
-    segments: list[tuple[int, list[int]]] = field(default_factory=list)  # (tokens, their path)
-    read: list[int] = field(default_factory=list)  # the places of the sampled tokens
-    logps: list[float] = field(default_factory=list)  # the sampler's, one for each of `read`
-    index: dict[Node, range] = field(default_factory=dict)  # node -> its range in `read`
-
-
-def flatten(samples: list[Sample]) -> Flat:
-    """The trees of the samples as a row: of each tree all that leads to a leaf of a sample. A
-    segment's path are the places of all tokens from the root to its last."""
-    flat = Flat()
-    for root, items in itertools.groupby(samples, lambda item: item.root):
-        kept = {node for item in items for leaf in item.leaves for node in leaf.path()}
-        stack = [(root, [])]  # the node that begins a segment, and the path above it
-        while stack:
-            node, above = stack.pop()
-            start, children = len(flat.tokens), [node]
-            while len(children) == 1:  # no branch: the segment goes on
-                node = children[0]
-                first = len(flat.read)
-                flat.read += [len(flat.tokens) + j for j, drawn in enumerate(node.sampled) if drawn]
-                flat.logps += [logp for logp, drawn in zip(node.logps, node.sampled) if drawn]
-                flat.index[node] = range(first, len(flat.read))
-                flat.tokens += node.tokens
-                children = [child for child in node.children if child in kept]
-            own = list(range(start, len(flat.tokens)))
-            path = above + own
-            flat.position += range(len(above), len(path))
-            flat.parent += [above[-1] if above else 0] + own[:-1]
-            flat.segments.append((len(own), path))
-            stack += [(child, path) for child in children]
-    return flat
-
-
-def place(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
-    """Segments of like length into buckets, one attention call for each. Returns the buckets,
-    (queries, keys) with the places of the tokens of each segment and of its path, padded; and for
-    each token of the row the number of its query, counted through all buckets."""
+    A path is the list of the places in the row of all tokens from the root on; the segment's own
+    come last. Returns the buckets, (queries, keys) with the places of the tokens of each segment
+    and of its path, padded; and of each token of the row the number of its query, counted through
+    all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
     left = sorted(segments, key=lambda segment: segment[0])
     while left:
@@ -799,62 +696,60 @@ def place(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
     return buckets, number
 
 
-def leaf_paths(samples: list[Sample], index: dict[Node, range], device) -> list[tuple]:
-    """Of each sample, (leaves, length): where in the log-probs a leaf's are, and a mask."""
-    paths = []
-    for item in samples:
-        rows = [[i for node in leaf.path() for i in index[node]] for leaf in item.leaves]
-        places = torch.tensor(padded(rows, -1), device=device).long()
-        paths.append((places.clamp(min=0), places >= 0))
-    return paths
-
-
 class Packed:
-    """The trees of samples as one row of their unique tokens, on a device.
+    """The trees of groups as one row of their unique tokens, on a device: of each tree all that
+    leads to a leaf of a group.
 
-    A segment's queries see the keys of its path, which are gathered; slot j of a path holds the
-    token at position j, so a query sees the slots up to its own position."""
+    A node's queries see the keys of its path, which are gathered; slot j of a path holds the token
+    at position j, so a query sees the slots up to its own position. paths: of each group, (leaves,
+    length), where in the log-probs those of a leaf's sampled tokens are, and a mask."""
 
-    def __init__(self, samples: list[Sample], device):
+    def __init__(self, groups: list[Group], device):
         def on_device(numbers):
             return torch.tensor(numbers, device=device).long()
 
-        flat = flatten(samples)
-        self.samples = samples
-        self.ids, self.position = on_device([flat.tokens]), on_device([flat.position])
-        self.target = on_device([flat.tokens[t] for t in flat.read])  # the sampled tokens
-        self.read = on_device([flat.parent[t] for t in flat.read])  # the one that predicts each
-        self.sampler_logps = torch.tensor(flat.logps, device=device)
-        self.paths = leaf_paths(samples, flat.index, device)
-
-        buckets, number = place(flat.segments)
+        tokens, position, segments, read, target, logps = [], [], [], [], [], []
+        path_of, logps_of = {}, {}  # node -> its path, and where its log-probs are
+        for root, its_groups in itertools.groupby(groups, lambda group: group.root):
+            kept = {node for group in its_groups for leaf in group.leaves for node in leaf.path()}
+            for node in root.below():
+                if node not in kept:
+                    continue
+                above, n, drawn = path_of.get(node.parent, []), len(node.tokens), len(node.logps)
+                own = list(range(len(tokens), len(tokens) + n))
+                path = path_of[node] = above + own
+                logps_of[node] = range(len(logps), len(logps) + drawn)
+                tokens += node.tokens
+                position += range(len(above), len(above) + n)
+                read += path[-n - 1 : -1][:drawn]  # the token before predicts each of them
+                target += node.tokens[:drawn]
+                logps += node.logps
+                if n:
+                    segments.append((n, path))
+        buckets, number = buckets_of(segments)
+        self.groups = groups
+        self.ids, self.position = on_device([tokens]), on_device([position])
+        self.read, self.target = on_device(read), on_device(target)
+        self.sampler_logps = torch.tensor(logps, device=device)
+        self.old_logps = self.ref_logps = None  # the trainer's and the reference's, before a step
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
         self.number = on_device(number)
-        self.segments = flat.segments
+        self.paths = []
+        for group in groups:
+            rows = [[i for n in leaf.path() for i in logps_of[n]] for leaf in group.leaves]
+            places = on_device(padded(rows, -1))
+            self.paths.append((places.clamp(min=0), places >= 0))
 
-    @functools.cached_property
-    def sequences(self) -> tuple[Tensor, list[Tensor], list[int]]:
-        """What the kernel takes: the keys of all segments' paths, one path after the other; where
-        the queries and the keys of each segment begin; and the most that one has of either."""
-        device = self.ids.device
-        lengths = list(zip(*((own, len(path)) for own, path in self.segments)))
-        keys = torch.tensor([place for _, path in self.segments for place in path], device=device)
-        starts = [torch.tensor([0, *itertools.accumulate(n)], device=device).int() for n in lengths]
-        return keys, starts, [max(n) for n in lengths]
-
-    def attention(self, dtype: torch.dtype, groups: int):
-        """The layers' attention, attend(layer, q, k, v, scaling), in this dtype and with so many
-        query heads on a KV head."""
-        kernel = varlen_kernel() if dtype == torch.bfloat16 and self.ids.is_cuda else None
-        if kernel is not None:
-            return functools.partial(self.attend_without_masks, kernel)
+    def masks(self, dtype: torch.dtype, g: int) -> list[Tensor]:
+        """Of each bucket, for all layers, with g query heads on a KV head: (segments, 1, g width,
+        path)."""
         masks = []
-        for queries, keys in self.buckets:  # for all layers
+        for queries, keys in self.buckets:
             slot = torch.arange(keys.shape[1], device=keys.device)
             visible = slot <= self.position[0, queries][:, :, None]
             mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
-            masks.append(mask.repeat(1, groups, 1)[:, None])  # (segments, 1, g width, path)
-        return functools.partial(self.attend, masks)
+            masks.append(mask.repeat(1, g, 1)[:, None])
+        return masks
 
     def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
@@ -876,45 +771,24 @@ class Packed:
             out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
         return torch.cat(out).index_select(0, self.number)[None]
 
-    def attend_without_masks(self, kernel, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling):
-        """The same by one kernel: a segment's queries are neighbours, and are its path's last."""
-        keys, starts, longest = self.sequences
-        q = q[0].transpose(0, 1).to(v.dtype).contiguous()
-        k, v = (
-            full_precision(x[0].transpose(0, 1)).index_select(0, keys).to(v.dtype) for x in (k, v)
-        )
-        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}  # causal
-        return kernel(q, k, v, *starts, *longest, **how)[None]
-
-
-@functools.cache
-def varlen_kernel():
-    """torch's attention over sequences of any lengths, or None before torch 2.12, where it lacks
-    an argument."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
-
 
 def packed_logps(model, packed: Packed) -> Tensor:
     """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), in their order;
     packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
     where a sampled token is predicted, in chunks that the backward pass computes again, so that
     (tokens, vocabulary) logits never exist at once."""
-    device = model.device.type
+    device, config = model.device.type, model.config
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    attend = packed.attention(dtype, groups)
-    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=attend)
+    masks = packed.masks(dtype, config.num_attention_heads // config.num_key_value_heads)
+    attend = functools.partial(packed.attend, masks)
+    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, attend=attend)
 
     def logps(hidden, target):
         logits = full_precision(model.lm_head(hidden))
         return -F.cross_entropy(logits, target, reduction="none")
 
-    rows = max(1, 2**26 // model.config.vocab_size)
+    rows = max(1, 2**26 // config.vocab_size)
     hidden = out.last_hidden_state[0].index_select(0, packed.read)
     chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -923,106 +797,60 @@ def packed_logps(model, packed: Packed) -> Tensor:
     return torch.cat([again(*chunk) for chunk in chunks])
 
 
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
-
-    Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
-    + kl_coef (exp(q - p) - (q - p) - 1), where r = exp(logp - old_logp), p = logp, q = ref_logp.
-    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
-    without any): divide it by the prompt's sequences, then by the prompts of the step.
-    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
-    is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
-    ValueError unless kl_coef is 0. The stats are sums over sampled tokens, to be added over calls:
-    tokens, clipped (the clip takes their gradient), kl (nats)."""
-    if ref_logp is None and kl_coef:
-        raise ValueError("kl_coef needs ref_logp")
-    mask = mask.bool()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
-
-    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
-    plain = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -torch.minimum(plain, clipped)
-
-    gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
-    gap = gap.masked_fill(~mask, 0)
-    kl = gap.exp() - gap - 1
-    if kl_coef:
-        loss = loss + kl_coef * kl
-    stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
-    return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
+def micro_batches(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """Consecutive groups that are packed into at most max_tokens tokens, or a larger one alone."""
+    parts, packed = [], set()
+    for group in groups:
+        nodes = {node for leaf in group.leaves for node in leaf.path()}
+        if not parts or length(packed | nodes) > max_tokens:
+            parts.append([])
+            packed = set()
+        parts[-1].append(group)
+        packed |= nodes
+    return parts
 
 
-def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Consecutive samples that are packed into at most max_tokens tokens, or a larger one alone."""
-    batches, tokens = [], 0
-    for item in samples:
-        size = length({node for leaf in item.leaves for node in leaf.path()})
-        same_root = bool(batches) and batches[-1][-1].root is item.root
-        added = size - len(item.root.tokens) if same_root else size
-        if not batches or tokens + added > max_tokens:
-            batches.append([])
-            tokens, added = 0, size
-        batches[-1].append(item)
-        tokens += added
-    return batches
+def gathered(logps: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if logps is None else logps.index_select(0, index.flatten()).view_as(index)
 
 
-def batch_loss(logps, old_logps, ref_logps, packed: Packed, args) -> tuple[Tensor, dict]:
-    """The loss of packed samples, and the sums of grpo_loss's stats; the log-probs as packed."""
-    loss, sums = 0.0, {}
-    for item, (index, mask) in zip(packed.samples, packed.paths):
-        of_leaves = [
-            None if x is None else x.index_select(0, index.flatten()).view_as(index)
-            for x in (logps, old_logps, ref_logps)
-        ]
-        given = [a.reshape(-1) for a in item.advantages]
-        advantages = torch.nn.utils.rnn.pad_sequence(given, batch_first=True).to(logps.device)
-        limits = args.clip_low, args.clip_high, args.kl_coef
-        part, stats = grpo_loss(*of_leaves, advantages, mask, *limits)
-        loss = loss + item.weight * part
+def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
+    """The loss of packed groups, from the trainer's log-probs, and the sums of grpo_loss's
+    stats."""
+    loss, sums = 0.0, Counter()
+    limits = args.clip_low, args.clip_high, args.kl_coef
+    for group, (index, mask) in zip(packed.groups, packed.paths):
+        x = [gathered(x, index) for x in (logps, packed.old_logps, packed.ref_logps)]
+        part, stats = grpo_loss(*x, group.advantages.to(logps.device), mask, *limits)
+        loss = loss + group.weight * part
         for name, value in stats.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] += value
     return loss, sums
 
 
-def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float | None]:
+def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, float | None]:
     """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction,
     grad_norm, and sampler_gap, the mean distance of the sampler's log-probs from the trainer's
     (None: no step). FloatingPointError before a step would break the weights."""
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
-        samples = [item for item in samples if any(a.any() for a in item.advantages)]
-    batches = [Packed(batch, model.device) for batch in micro_batches(samples, args.micro_tokens)]
-    old_logps, ref_logps = [], []
-    sums = dict.fromkeys(("loss", "norm", "tokens", "clipped", "kl", "gap"), 0.0)
+        groups = [group for group in groups if group.advantages.any()]
+    parts = [Packed(part, model.device) for part in micro_batches(groups, args.micro_tokens)]
+    sums = Counter()
     autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
-    for epoch in range(args.epochs if batches else 0):
-        for i, packed in enumerate(batches):
+    for _ in range(args.epochs if parts else 0):
+        for packed in parts:
             with autocast(enabled=args.dtype == "bfloat16"):
                 logps = packed_logps(model, packed)
-                if epoch == 0:  # no step taken yet, so these are the old policy's
-                    old_logps.append(logps.detach())
-                    ref_logps.append(None)
-                    sums["gap"] += (old_logps[i] - packed.sampler_logps).abs().sum()
-                if epoch == 0 and reference is not None:
-                    with torch.no_grad():
-                        ref_logps[i] = packed_logps(reference, packed)
-            loss, stats = batch_loss(logps, old_logps[i], ref_logps[i], packed, args)
+                if packed.old_logps is None:  # no step taken yet, so these are the old policy's
+                    packed.old_logps = logps.detach()
+                    sums["gap"] += (packed.old_logps - packed.sampler_logps).abs().sum()
+                    if reference is not None:
+                        with torch.no_grad():
+                            packed.ref_logps = packed_logps(reference, packed)
+            loss, stats = batch_loss(packed, logps, args)
             loss.backward()
-            sums["loss"] += loss.detach() / args.epochs
-            for name, value in stats.items():
+            for name, value in (stats | {"loss": loss.detach() / args.epochs}).items():
                 sums[name] += value
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         sums["norm"] += norm / args.epochs
@@ -1031,190 +859,350 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    sums = {name: float(value) for name, value in sums.items()}
-    tokens, drawn = max(1, sums["tokens"]), max(1, sum(map(len, old_logps)))
+    sums = Counter({name: float(value) for name, value in sums.items()})
+    tokens = max(1, sums["tokens"])
+    drawn = sum(len(packed.target) for packed in parts)
     return {
         "loss": sums["loss"],
         "kl": sums["kl"] / tokens if reference is not None else None,
         "grad_norm": sums["norm"],
         "clip_fraction": sums["clipped"] / tokens,
-        "sampler_gap": sums["gap"] / drawn if batches else None,
+        "sampler_gap": sums["gap"] / drawn if drawn else None,
     }
 
 
-# ----------------------------------------------------------------------------------- rollouts in a world, their credit
+# ------------------------------------------------------------------ the house, a world of its own
+ROOMS = {  # the hall leads to each of the others
+    "hall": ("bench", "rack"),
+    "kitchen": ("counter", "fridge", "microwave", "sink", "cabinet"),
+    "lounge": ("sofa", "table", "shelf", "chest"),
+    "bedroom": ("bed", "desk", "drawer", "wardrobe"),
+    "bathroom": ("basin", "bathtub", "hamper"),
+}
+PLACES = {place: room for room, places in ROOMS.items() for place in places}
+# Shut at first.
+LIDDED = ("fridge", "microwave", "cabinet", "chest", "drawer", "wardrobe", "hamper")
+TREATED = {"clean": ("sink", "washed"), "heat": ("microwave", "hot"), "cool": ("fridge", "cold")}
+THINGS = ("mug", "plate", "apple", "bread", "towel", "cup", "pan")
+VERBS = ("go", "open", "take", "put", *TREATED)
+WORDS = [f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain")]
+WORDS += " door| hand|Task: put a| into the| of the|.\n|You are in the| at the|. It is| open".split(
+    "|"
+)
+WORDS += " shut| nothing|. You see:|. You hold:|. The| is in the|, in the|Nothing happens. ".split(
+    "|"
+)
+WORDS += VERBS
+
+
+class House:
+    """A household in the manner of ALFWorld, deterministic: find a thing, take it, clean, heat or
+    cool it, and put it somewhere; 4 to 14 steps if none is wasted.
+
+    A world is whatever has this shape, Gymnasium's, with texts. reset(seed, options) ->
+    observation, info: the seed decides on the task; options["held_out"]: one never trained on.
+    step(action) -> observation, reward, terminated, truncated, info: terminated is success if
+    reward > 0, else failure. info["task"], from reset: what to do. info["state"]: a text, equal
+    where states are (default: the observation). info["valid"], from step: was it an action
+    (default: yes)? `instruction`: what a chat model is told before the task. For the tiny model:
+    `words`, texts of one token each (others it spells), and demonstrate(rng), an action."""
+
+    instruction = """You are in a house. Do the task, one action at a time: go <room or place>,
+open <place>, take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge).
+The hall leads to kitchen, lounge, bedroom and bathroom. Think briefly, then write
+<action>...</action>.\n\n"""
+    words = tuple(WORDS)
+
+    def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
+        rng, held_out = random.Random(seed), bool((options or {}).get("held_out"))
+        while True:
+            self.verb, self.goal = rng.choice(["", *TREATED]), rng.choice([*PLACES])
+            things = rng.sample(THINGS, 3)
+            self.thing, self.where = things[0], {thing: rng.choice([*PLACES]) for thing in things}
+            at = self.where[self.thing]
+            task = f"{self.verb} {self.thing} {self.goal} {at}"  # a fifth of these is held out
+            if at != self.goal and (random.Random(task).random() < 0.2) == held_out:
+                break
+        self.at, self.open, self.how = rng.choice([*ROOMS]), set(), dict.fromkeys(things, "plain")
+        self.want = TREATED[self.verb][1] if self.verb else ""
+        what = f"{self.want} {self.thing}".strip()
+        task = f"put a {what} into the {self.goal} of the {PLACES[self.goal]}."
+        return self.look(), {"task": task, "state": self.key()}
+
+    def held(self) -> str:
+        return next((thing for thing, place in self.where.items() if place == "hand"), "nothing")
+
+    def shut(self) -> bool:
+        return self.at in LIDDED and self.at not in self.open
+
+    def key(self) -> str:
+        things = [f"{how} {thing} {self.where[thing]}" for thing, how in self.how.items()]
+        key = f"{self.at}: {', '.join(things)}"
+        return f"{key}; open: {' '.join(sorted(self.open))}" if self.open else key
+
+    def look(self) -> str:
+        seen = [thing for thing, at in self.where.items() if at == self.at and not self.shut()]
+        here, where = PLACES.get(self.at, self.at), self.where[self.thing]
+        return (
+            f"You are in the {here} at the {'door' if self.at in ROOMS else self.at}. "
+            f"It is {'shut' if self.shut() else 'open'}. You see: {' '.join(seen) or 'nothing'}. "
+            f"You hold: {self.held()}. The {self.how[self.thing]} {self.thing} is in the "
+            f"{PLACES.get(where, here)}, in the {where}."
+        )
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
+        verb, _, what = action.lower().rpartition(" ")
+        room, is_held = PLACES.get(self.at, self.at), what == self.held() != "nothing"
+        next_door = what in ROOMS and "hall" in (room, what)
+        valid = True
+        if verb == "go" and what != self.at and (PLACES.get(what) == room or next_door):
+            self.at = what
+        elif verb == "open" and what == self.at and self.shut():
+            self.open.add(what)
+        elif verb == "take" and self.where.get(what) == self.at and not self.shut():
+            valid = self.held() == "nothing"
+            if valid:
+                self.where[what] = "hand"
+        elif verb == "put" and is_held and self.at in PLACES and not self.shut():
+            self.where[what] = self.at
+        elif verb in TREATED and is_held and self.at == TREATED[verb][0]:
+            self.how[what] = TREATED[verb][1]
+        else:
+            valid = False
+        done = self.where[self.thing] == self.goal and self.want in (self.how[self.thing], "")
+        seen = self.look() if valid else "Nothing happens. " + self.look()
+        return seen, float(done), done, False, {"state": self.key(), "valid": valid}
+
+    def demonstrate(self, rng: random.Random | None = None) -> str:
+        """The next action of one who often forgets lids and treatments, takes the bedroom for the
+        bathroom, and now and then does anything at all: habits for reward to mend. Without rng: of
+        one without mistakes."""
+
+        def wrong(rate: float) -> bool:
+            return rng is not None and rng.random() < rate
+
+        here = PLACES.get(self.at, self.at)
+        if wrong(0.2):
+            verb = rng.choice(VERBS)
+            places = [*ROOMS, *ROOMS[here]]
+            return f"{verb} {rng.choice(places if verb in ('go', 'open') else [*self.where])}"
+        place, action = self.goal, f"put {self.thing}"
+        if self.held() not in (self.thing, "nothing"):  # it is in the way
+            place, action = ROOMS[here][0], f"put {self.held()}"
+        elif self.held() == "nothing":
+            place, action = self.where[self.thing], f"take {self.thing}"
+        elif self.want not in (self.how[self.thing], "") and not wrong(0.5):
+            place, action = TREATED[self.verb][0], f"{self.verb} {self.thing}"
+        room = PLACES[place]
+        if here == "hall" != room and wrong(0.7 if room == "bathroom" else 0.02):
+            room = "bedroom" if room == "bathroom" else "bathroom"
+        if here == room:
+            way = place
+        else:
+            way = room if "hall" in (here, room) else "hall"
+        if self.at != way:
+            return f"go {way}"
+        if self.shut() and action.startswith(("take", "put")) and not wrong(0.6):
+            return f"open {place}"
+        return action
+
+
+# ------------------------------------------------------------------------------ rollouts in a world
+class Step(NamedTuple):
+    transition: Transition
+    node: Node  # the action
+    reward: float
+    valid: bool
+
+
 @dataclass
-class Group:
-    """K rollouts of a task, and the tree of their tokens: at the root what all prompts begin with, below it each
-    distinct rest of a prompt, below that the actions taken there."""
-    task: str
+class Task:
+    """K rollouts of a task, and the tree of their tokens: at the root what all prompts begin with,
+    below it each distinct rest of a prompt, below that the actions taken there."""
+
+    text: str
     root: Node
     returns: list[float]  # of each rollout, and whether it was successful
     won: list[bool]
-    steps: list[tuple] = field(default_factory=list)  # in time: (Transition, the action's node, its reward, valid?)
+    steps: list[Step] = field(default_factory=list)  # in time
     prompts: dict[tuple, Node] = field(default_factory=dict)  # by the tokens of the rest
-@torch.inference_mode()
-def compute(model, nodes: list[Node], counts: Counter) -> None:
-    """The keys and values of nodes below roots, once for all that will begin below them. Each of these runs the last
-    token again."""
-    roots = {node.parent for node in nodes if node.parent.kv is None}
-    counts["prompt_tokens_sampling"] += length([*roots, *nodes])
-    counts["forwarded_tokens"] += prefill(model, nodes) + length(nodes)
-    lanes = Lanes(model, nodes)
-    lanes.catch_up()
-    for b, node in enumerate(lanes.grid):
-        if node:
-            lanes.store(b)
+
+
+@dataclass
+class Rollout:
+    """One that still goes on."""
+
+    env: object
+    task: Task
+    k: int  # its number
+    state: object
+    told: list[str]  # observations and actions so far; the last is the observation
+
 
 class Player:
-    """The policy in a world: rollouts of many tasks at a time; and what train() needs of the method."""
+    """The policy in a world: rollouts of many tasks at a time."""
+
     def __init__(self, model, tokenizer, args, make_env):
-        self.model, self.tokenizer, self.args, self.make_env, self.envs = model, tokenizer, args, make_env, [make_env()]
-        eos = model.generation_config.eos_token_id
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]  # of a text, of a turn in a chat
-        self.eos = {*ends, *(eos if isinstance(eos, list) else [eos])}
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.make_env, self.envs = make_env, [make_env()]
+        self.eos = end_tokens(model, tokenizer)
         self.encode = functools.lru_cache(100_000)(functools.partial(encode, tokenizer))
         text = "Task: \0\n"
         if tokenizer.chat_template:
-            chat = [{"role": "user", "content": getattr(self.envs[0], "instruction", "") + text}]
+            text = getattr(self.envs[0], "instruction", "") + text
+            chat = [{"role": "user", "content": text}]
             text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         self.before, self.after = text.split("\0")  # of a prompt, around what differs
-    def group(self, task: str, K: int) -> Group:
-        group = Group(task, Node(), [0.0] * K, [False] * K)
-        group.root.add(encode(self.tokenizer, f"{self.before}{task}\n"))
-        return group
-    def prompt(self, group: Group, told: list[str]) -> Node:
-        """A prompt: below the instruction and the task the last --history of the earlier observations and actions of
-        `told`, the observation, which is its last, and the end of the chat template; cut from the left to fit."""
+
+    def task(self, text: str, K: int) -> Task:
+        root = Node(tokens=encode(self.tokenizer, f"{self.before}{text}\n"))
+        return Task(text, root, [0.0] * K, [False] * K)
+
+    def prompt(self, task: Task, told: list[str]) -> Node:
+        """A prompt: below the instruction and the task the last --history earlier observations and
+        actions of `told`, the observation, and the end of the chat template; cut from the left to
+        fit."""
         tail, context = self.encode(self.after), self.model.config.max_position_embeddings
-        room = context - len(group.root.tokens) - len(tail) - self.args.max_tokens
+        room = context - len(task.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
-            raise BadInput(f"--model: a context of {context} is too short for {group.task[-40:]!r} and --max-tokens")
-        rest = (*self.encode("".join(told[-1 - self.args.history :]))[-room:], *tail)
-        if rest not in group.prompts:
-            group.prompts[rest] = Node(group.root, [*rest], [False] * len(rest), [0.0] * len(rest))
-        return group.prompts[rest]
+            raise BadInput(f"--model: a context of {context} is too short for {task.text[-40:]!r}")
+        rest = self.encode("".join(told[-1 - self.args.history :]))[-room:] + tail
+        if tuple(rest) not in task.prompts:
+            task.prompts[tuple(rest)] = Node(task.root, rest)
+        return task.prompts[tuple(rest)]
+
     def action(self, node: Node) -> str:
-        """What the policy wants to do: what it wrote between the last <action> tags, or else in its last line."""
-        told = self.tokenizer.decode(node.tokens, skip_special_tokens=True).strip()
-        return " ".join((told.rpartition("</action>")[0].rpartition("<action>")[2] or told.rpartition("\n")[2]).split())
-    def play(self, seeds: list[int], K: int, held_out: bool, generator, temperature: float, counts: Counter):
-        """Groups of K rollouts of each seed's task, in waves of one step each; by the policy, or by the demonstrator if
-        the generator is a random.Random. A prompt is computed once for all its actions, if --kept-tokens has room."""
+        """What the policy wants to do: what it wrote between the last <action> tags, or else in its
+        last line."""
+        text = self.tokenizer.decode(node.tokens, skip_special_tokens=True).strip()
+        tagged = text.rpartition("</action>")[0].rpartition("<action>")[2]
+        return " ".join((tagged or text.rpartition("\n")[2]).split())
+
+    def act(self, live: list[Rollout], generator, temperature: float, counts: Counter):
+        """The next action of each rollout, a node below its prompt: by the policy, or by the
+        world's demonstrator if the generator is a random.Random."""
+        prompts = [self.prompt(rollout.task, rollout.told) for rollout in live]
+        nodes = [Node(prompt) for prompt in prompts]
+        counts["prompt_tokens"] += sum(length(node.path()[:-1]) for node in nodes)
+        if isinstance(generator, random.Random):
+            for node, rollout in zip(nodes, live):
+                text = rollout.env.demonstrate(generator)
+                node.tokens = self.encode(text) + [self.tokenizer.eos_token_id]
+                node.logps = [0.0] * len(node.tokens)
+            return nodes
+        # A prompt is computed once for all its actions.
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt.kv is None]
+        roots = [root for root in {prompt.parent: 0 for prompt in new} if root.kv is None]
+        for missing in (roots, new):
+            if missing:
+                compute(self.model, missing)
+        counts["prompt_tokens_sampling"] += length(roots + new)
+        counts["forwarded_tokens"] += length(roots + new) - len(roots)
+        limits = [self.args.max_tokens] * len(nodes)
+        draws = generator, temperature, 1.0, counts
+        sample(self.model, nodes, limits, lambda tokens: False, self.eos, *draws, keep=False)
+        return nodes
+
+    def play(self, seeds, K: int, generator, temperature: float, counts: Counter, held_out=False):
+        """K rollouts of each seed's task, in waves of one step each. generator: see act. Returns
+        the tasks. What is computed of a prompt is kept for when it is met again, up to
+        --kept-tokens."""
         self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
-        groups, live = [], []
+        tasks, live = [], []
         for i, env in enumerate(self.envs[: len(seeds) * K]):
             seen, info = env.reset(seed=seeds[i // K], options={"held_out": held_out})
-            groups += [self.group(info["task"], K)] if i % K == 0 else []
-            live.append((env, groups[-1], i % K, info.get("state", seen), [seen]))
+            if i % K == 0:
+                tasks.append(self.task(info["task"], K))
+            live.append(Rollout(env, tasks[-1], i % K, info.get("state", seen), [seen]))
         for _ in range(self.args.max_steps):
-            prompts = [self.prompt(group, told) for _, group, _, _, told in live]
-            nodes = [Node(prompt) for prompt in prompts]
-            if isinstance(generator, random.Random):
-                for node, (env, *_) in zip(nodes, live):
-                    node.add([*self.encode(env.demonstrate(generator)), self.tokenizer.eos_token_id], sampled=True)
-            else:
-                if new := [prompt for prompt in dict.fromkeys(prompts) if prompt.kv is None]:
-                    compute(self.model, new, counts)
-                sample(self.model, nodes, [self.args.max_tokens] * len(nodes), lambda tokens: False, self.eos,
-                       generator, temperature, 1.0, counts, keep=False)
-            counts.update(env_steps=len(live), prompt_tokens=sum(length(node.path()[:-1]) for node in nodes))
+            if not live:
+                break
+            nodes = self.act(live, generator, temperature, counts)
+            counts["env_steps"] += len(live)
             going = []
-            for (env, group, k, state, told), node in zip(live, nodes):
-                seen, reward, terminated, truncated, info = env.step(action := self.action(node))
-                after, group.won[k] = info.get("state", seen), bool(terminated and reward > 0)
-                end = SUCCESS if group.won[k] else f"{after} (failed)" if terminated else after  # no way leads on
-                transition = Transition(state, action, end, k)
-                group.steps.append((transition, node, float(reward), bool(info.get("valid", True))))
-                group.returns[k] += float(reward)
-                if not (terminated or truncated):
-                    going.append((env, group, k, after, [*told[:-1], f"{told[-1]}\n> {action}\n", seen]))
+            for rollout, node in zip(live, nodes):
+                if self.step(rollout, node):
+                    going.append(rollout)
+            live = going
             forget(nodes)
-            kept = [prompt for group in groups for prompt in group.root.children if prompt.kv is not None]
+            kept = [node for task in tasks for node in task.root.children if node.cached]
             if length(kept) > self.args.kept_tokens:
                 forget(kept)
-            if not (live := going):
-                break
-        forget(node for group in groups for node in group.root.below())
-        return groups
-    def rollout(self, step: int):
-        """The groups of one training step, and what to log of them."""
-        args, rng, counts, groups = self.args, random.Random(f"{self.args.seed}/{step}"), Counter(), []
-        generator = torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
-        for _ in range(1 + args.dynamic_sampling):
-            groups = [group for group in groups if len(set(group.returns)) > 1]  # the last ones stay as they are
-            if seeds := [rng.getrandbits(32) for _ in range(args.tasks - len(groups))]:
-                groups += self.play(seeds, args.K, False, generator, args.temperature, counts)
-        counts["entropy"] /= counts["generated_tokens"]
-        counts["prompt_tokens_training"] = sum(length([group.root, *group.root.children]) for group in groups)
-        reward, success = (sum(map(sum, x)) / args.K / len(groups) for x in zip(*((g.returns, g.won) for g in groups)))
-        return groups, {"reward": reward, "success": success, **counts}
-    def advantages(self, group: Group) -> Tensor:
-        """Advantage of each step: beta_graph A_G + beta_episode A_E, less the penalty of an invalid action; or, with
-        --penalty-in-return, as in the authors' code (tutorial, 3.7): the penalty before the z-scores, and A_E a z-score
-        over steps."""
-        args, (transitions, _, rewards, valid) = self.args, zip(*group.steps)
-        number, returns = [t.trajectory for t in transitions], torch.tensor(group.returns, dtype=torch.float64)
-        penalties, early = args.invalid_penalty * (1 - torch.tensor(valid, dtype=torch.float64)), None
-        A = episode_advantages(returns)[number]
-        if args.penalty_in_return:
-            A, penalties, early = episode_advantages(returns[number] - penalties), 0, penalties
-        how, A_G = (early, args.merge_similarity), 0
-        if args.method == "graph_gpo":
-            A_G = graph_advantages(transitions, args.omega, *how)
-        elif args.method == "gigpo":
-            A_G = gigpo_advantages(transitions, rewards, args.gamma, *how)
-        return args.beta_graph * A_G + args.beta_episode * A - penalties
-    def credit(self, step: int, groups: list[Group]) -> list[Sample]:
-        """Each step is a sequence of its own, its action, below a prompt that it may share; a task's are averaged."""
-        samples = []
-        for group in groups:
-            taken, first = {}, {}  # prompt -> actions taken there with their advantages; equal ones share a node
-            for (_, action, *_), A in zip(group.steps, self.advantages(group)):
-                action = first.setdefault((action.parent, *action.tokens), action)
-                taken.setdefault(action.parent, []).append((action, A))
-            samples += [Sample(group.root, *map(list, zip(*pairs)), 1 / len(group.steps) / len(groups))
-                        for pairs in taken.values()]
-        return samples
+        forget(node for task in tasks for node in task.root.below())
+        return tasks
+
+    def step(self, rollout: Rollout, node: Node) -> bool:
+        """Take a rollout's action in its world. Does the rollout go on?"""
+        action = self.action(node)
+        seen, reward, terminated, truncated, info = rollout.env.step(action)
+        task, k, reward, state = rollout.task, rollout.k, float(reward), info.get("state", seen)
+        task.returns[k] += reward
+        end = state
+        if terminated:
+            task.won[k] = reward > 0
+            end = SUCCESS if task.won[k] else f"{state} (failed)"  # no way leads on from there
+        transition = Transition(rollout.state, action, end, k)
+        task.steps.append(Step(transition, node, reward, bool(info.get("valid", True))))
+        rollout.state = state
+        rollout.told[-1] += f"\n> {action}\n"
+        rollout.told.append(seen)
+        return not (terminated or truncated)
+
     def evaluate(self) -> dict[str, float | None]:
-        """Success on held-out tasks, sampled (K times each, temperature 1) and greedy; and of the sampled rollouts, if
-        any succeeded, how many steps of failed ones lead nearer to success, and of the others do not (Figure 1)."""
-        args, generator = self.args, torch.Generator(self.model.device).manual_seed(0)
-        batches = [[*range(i, min(i + args.tasks, args.eval_tasks))] for i in range(0, args.eval_tasks, args.tasks)]
-        sampled, greedy = ([group for seeds in tqdm(batches, "evaluation", unit="batch", leave=False, delay=1)
-                            for group in self.play(seeds, K, True, generator, T, Counter())]
-                           for K, T in ((args.K, 1.0), (1, 0.0)))
-        rows = {"success": [x for group in sampled for x in group.won], "greedy_success": [x.won[0] for x in greedy],
-                "progress_in_failed": [], "waste_in_successful": []}
-        for group in (group for group in sampled if any(group.won)):
-            d = goal_distances([t for t, *_ in group.steps])
-            for nearer, won in ((d[t.next_state] < d[t.state], group.won[t.trajectory]) for t, *_ in group.steps):
-                rows["waste_in_successful" if won else "progress_in_failed"].append(nearer != won)
-        return {name: sum(row) / len(row) if row else None for name, row in rows.items()}
-    def picture(self, groups: list[Group], samples: list[Sample]) -> tuple[str, str]:
-        """("graph.md", Mermaid): the smallest graph of a task with success and failure, if any, never merged."""
-        group = min(groups, key=lambda group: (len(set(group.won)) < 2, len(group.root.children)))
-        return "graph.md", graph_mermaid(group.task, [t for t, *_ in group.steps], self.advantages(group))
-def graph_mermaid(task: str, transitions: list[Transition], advantages: Tensor, most: int = 50) -> str:
-    """The graph of a task as a Mermaid diagram: states with their distance to success; edges with the action, how often
-    it was taken and its mean advantage, green or red by its sign. Of more than `most` edges those nearest to it."""
-    edges, number, distance = {}, {}, goal_distances(transitions)
-    for t, A in zip(transitions, advantages.tolist()):
-        edges.setdefault(t[:3], []).append(A)
-    def text(x) -> str:
-        return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in " ".join(str(x).split())[:100])
-    shown = sorted(edges, key=lambda edge: distance[edge[2]] + distance[edge[0]])[:most]
-    lines = ["```mermaid", "flowchart TD", f'    task["Task: {text(task)}<br>{len(shown)} of {len(edges)} edges"]']
-    for state in (state for before, _, after in shown for state in (before, after) if state not in number):
-        number[state], (name, color) = len(number), ("SUCCESS", "cfc") if state is SUCCESS else (text(state), "fff")
-        lines += [f'    n{number[state]}["{name}<br>d = {distance[state]:g}"]',
-                  f"    style n{number[state]} fill:#{color},color:#000"]
+        """Success on held-out tasks, sampled (K times each, temperature 1) and greedy; and of the
+        sampled rollouts, if any succeeded, how many steps of failed ones lead nearer to success,
+        and of the others do not (Figure 1)."""
+        row, wasted = {}, {True: [], False: []}
+        for name, K, temperature in (("success", self.args.K, 1.0), ("greedy_success", 1, 0.0)):
+            generator, won = torch.Generator(self.model.device).manual_seed(0), []
+            parts = batches(range(self.args.eval_tasks), self.args.tasks)
+            for part in tqdm(parts, name, leave=False, delay=1):
+                for task in self.play(part, K, generator, temperature, Counter(), held_out=True):
+                    won += task.won
+                    if name == "success" and any(task.won):
+                        transitions = [step.transition for step in task.steps]
+                        d = goal_distances(transitions)
+                        for t in transitions:
+                            wasted[task.won[t.trajectory]].append(d[t.next_state] >= d[t.state])
+            row[name] = sum(won) / len(won)
+        failed, successful = wasted[False], wasted[True]
+        row["progress_in_failed"] = 1 - sum(failed) / len(failed) if failed else None
+        row["waste_in_successful"] = sum(successful) / len(successful) if successful else None
+        return row
+
+
+def picture(tasks: list[Task], args, most: int = 50) -> str:
+    """The smallest graph of a task with success and failure, if there is one, as a Mermaid diagram:
+    states with their distance to success; edges with the action, how often it was taken and its
+    mean advantage, green or red by its sign. Of more than `most` edges those nearest to success."""
+    task = min(tasks, key=lambda task: (len(set(task.won)) < 2, len(task.root.children)))
+    transitions, edges = [step.transition for step in task.steps], {}
+    for t, A in zip(transitions, advantages(task, args).tolist()):
+        edges.setdefault((t.state, t.action, t.next_state), []).append(A)
+    d, number = goal_distances(transitions), {}
+    shown = sorted(edges, key=lambda edge: d[edge[2]] + d[edge[0]])[:most]
+    lines = ["```mermaid", "flowchart TD"]
+    title = f"Task: {mermaid_text(task.text)}<br>{len(shown)} of {len(edges)} edges"
+    lines.append(f'    task["{title}"]')
     for i, (before, action, after) in enumerate(shown):
-        A, n = round(sum(x := edges[before, action, after]) / len(x), 2) + 0.0, len(x)  # + 0.0: no -0.00
-        lines += [f'    n{number[before]} -->|"{text(action)}, {n} x, A = {A:+.2f}"| n{number[after]}',
-                  f"    linkStyle {i} stroke:#{'2a2' if A > 0 else 'c22' if A < 0 else '888'}"]
+        for state in (before, after):
+            if state not in number:
+                number[state] = n = len(number)
+                name, color = mermaid_text(str(state)), "fff"
+                if state is SUCCESS:
+                    name, color = "SUCCESS", "cfc"
+                lines.append(f'    n{n}["{name}<br>d = {d[state]:g}"]')
+                lines.append(f"    style n{n} fill:#{color},color:#000")
+        A = edges[before, action, after]
+        mean = round(sum(A) / len(A), 2) + 0.0  # + 0.0: no -0.00
+        label = f"{mermaid_text(action)}, {len(A)} x, A = {mean:+.2f}"
+        lines.append(f'    n{number[before]} -->|"{label}"| n{number[after]}')
+        color = "2a2" if mean > 0 else "c22" if mean < 0 else "888"
+        lines.append(f"    linkStyle {i} stroke:#{color}")
     return "\n".join([*lines, "```", ""])
-# ---------------------------------------------------------------------------------- worlds, models, the training loop
+
+
+# ----------------------------------------------------------------------------- worlds and models
 def load_env(spec: str):
     """--env -> a function that makes such a world. BadInput says what is wrong with it."""
     path, _, name = spec.removesuffix(".py").partition(".py:")
@@ -1224,188 +1212,165 @@ def load_env(spec: str):
         module = sys.modules[described.name] = importlib.util.module_from_spec(described)
         described.loader.exec_module(module)
         make = functools.partial(getattr(module, name), *argument)
-        [env.reset(seed=0, options={"held_out": held_out})[1]["task"] for env in [make()] for held_out in (True, False)]
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (what a user's file does may fail in any way)
-        raise BadInput(f"--env {spec}: want a world FILE.py:NAME[:ARGUMENT]; {type(error).__name__}: {error}") from None
+        env = make()
+        for held_out in (True, False):
+            env.reset(seed=0, options={"held_out": held_out})[1]["task"]
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's file may fail in any way)
+        reason = f"want a world FILE.py:NAME[:ARGUMENT]; {type(error).__name__}: {error}"
+        raise BadInput(f"--env {spec}: {reason}") from None
     return make
 
 
+def built_in_model(args, make_env, device: torch.device):
+    """The tiny model, warm-started on single steps of the world's demonstrator."""
+    model, tokenizer = tiny_model([*make_env().words], device, args.seed)
+    player, paths = Player(model, tokenizer, args, make_env), []
+    rng = random.Random(f"{args.seed}/demonstrations")
+    while len(paths) < 128 * args.sft_steps:
+        seeds = [rng.getrandbits(32) for _ in range(64)]
+        tasks = player.play(seeds, 1, rng, 1.0, Counter())
+        paths += [step.node.path() for task in tasks for step in task.steps]
+    warm_start(model, rng.sample(paths, 128 * args.sft_steps), args)
+    return model, tokenizer
+
+
+# ---------------------------------------------------------------------------------- models and runs
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
     text = text.encode("utf-8", "replace").decode()
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """A causal LM whose layers all attend to everything before, by token_tree, and its tokenizer,
-    from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for weights
-    that do not fit the model, which would be random numbers instead."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
+def end_tokens(model, tokenizer) -> set[int]:
+    """The tokens that end a text, or a turn of a chat."""
+    eos = model.generation_config.eos_token_id
+    known = eos if isinstance(eos, list) else [eos]
+    return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    enable_progress_bars()  # of downloads, which the line above switches off as well
-    AttentionInterface.register("token_tree", token_tree)
+
+# Kinds of models for which the tests compare sampler and trainer with plain forwards.
+KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+def load_model(path: str, device: torch.device, flag: str = "--model"):
+    """A causal LM of a kind in KINDS whose layers all attend to everything before, and its
+    tokenizer, from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for
+    weights that do not fit the model, which would be random numbers instead."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
     how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         if not tokenizer("a")["input_ids"]:
             raise ValueError("the tokenizer is missing")
+        if wrong := {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}:
+            raise ValueError(f"its weights do not fit: {wrong}")
+        kind = model.config.model_type
+        layers = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+        if getattr(model.config, "sliding_window", None):
+            layers.add("sliding_attention")
+        if kind not in KINDS or layers != {"full_attention"}:
+            wanted = f"one of {', '.join(KINDS)} with full attention"
+            raise ValueError(f"it is {kind} with {', '.join(sorted(layers))}, not {wanted}")
     except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
-        reason = f"no model and tokenizer to be loaded there ({str(error)[:150]})"
-        raise BadInput(f"{flag} {path}: {reason}") from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        if names := info[f"{kind}_keys"]:
-            reason = f"weights are {kind}: {len(names)}, such as {min(map(str, names))}"
-            raise BadInput(f"{flag} {path}: {reason}; give a whole checkpoint")
-    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-    if getattr(model.config, "sliding_window", None):
-        kinds.add("sliding_attention")
-    if others := " and ".join(sorted(kinds - {"full_attention"})):
-        reason = f"its {others} keeps no keys and values that branches could share"
-        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
-    model = model.to(device).eval()
-    try:
-        gap = engine_gap(model)
-    except Exception as error:  # noqa: BLE001 (it is not built as a Qwen or a Llama is)
-        gap = f"{type(error).__name__}: {str(error)[:100]}"
-    if not isinstance(gap, float) or not gap < 1e-3:
-        reason = f"with shared keys and values its log-probs are others ({gap})"
-        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
-    return model, tokenizer
+        raise BadInput(f"{flag} {path}: no model that can be used ({str(error)[:200]})") from None
+    return model.to(device).eval(), tokenizer
 
 
-@torch.no_grad()
-def engine_gap(model) -> float:
-    """How far the log-probs of the sampler and of the packed trainer are from those that the model
-    gives by an attention of transformers, for a few tokens."""
-    root = Node()
-    root.add([i % model.config.vocab_size for i in range(8)])
-    leaf, how = Node(root), (lambda tokens: False, set(), None, 0.0, 1.0, Counter())
-    sample(model, [leaf], [4], *how, keep=False)
-    packed = Packed([Sample(root, [leaf], [], 1.0)], model.device)
-    ours = torch.tensor([leaf.logps, packed_logps(model, packed).tolist()])
-    model.set_attn_implementation("eager")
-    ids = torch.tensor([root.tokens + leaf.tokens], device=model.device)
-    logps = model(ids, use_cache=False).logits[0, 7:-1].log_softmax(-1)
-    model.set_attn_implementation("token_tree")
-    return (ours - logps.gather(-1, ids[0, 8:, None])[:, 0].cpu()).abs().max().item()
+def quiet_transformers() -> None:
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers import AttentionInterface, logging
 
-
-def in_bfloat16(model):
-    """The model with its parameters in bfloat16; not its buffers, as RoPE needs float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def linear_in_bfloat16(model):
-    """The model with those weights in bfloat16 that autocast would cast at each step; the head's
-    may be the embedding's, which it does not cast."""
-    for module in model.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
-    return model
-
-
-def memory_needed(
-    model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int
-) -> float:
-    """About how many GB a run takes at its peak if all rollouts get as long as they may.
-
-    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
-    their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
-    c, size = model.config, 2 if args.dtype == "bfloat16" else 4
-    W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
-    groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
-    parameters = sum(p.numel() for p in model.parameters())
-    copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
-    weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
-
-    kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
-    room = 33
-    while room <= tokens:  # as Lanes.make_room does
-        room += 1 + max(64, room // 2)
-    sampling = kv * (2 * prompts * prompt + lanes * room + leaves * tokens)
-    sampling += 16 * min(MOST_SCORES, lanes * heads * tokens)  # pieces, or a token at a time
-    sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
-
-    packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
-    layer = 58 * W + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token for backward
-    if args.grad_checkpointing:
-        layer = layer / layers + 4 * W
-    training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
-    training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
-    training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
-    return (weights + max(sampling, training)) / 1e9 + 0.1  # workspaces
-
-
-def opening(model, args, data: str, **shape: int) -> str:
-    """A run's first line. shape: as memory_needed takes it."""
-    where = model.device.type
-    where = torch.cuda.get_device_name(model.device) if where == "cuda" else where
-    parameters = sum(p.numel() for p in model.parameters())
-    gb = memory_needed(model, args, **shape)
-    return f"{parameters:,} parameters, {where}, {args.dtype}; {data}; at most about {gb:.1f} GB"
-
-
-def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
-    given `tokens`."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging
-
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
-    tokenizer = Qwen2Tokenizer(
-        {t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, []
-    )
-    tokenizer.add_tokens(tokens)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        initializer_range=0.08,  # at the usual 0.02 so small a model does not leave its plateau
-    )
+    enable_progress_bars()  # of downloads, which the line above switches off as well
+    AttentionInterface.register("token_tree", token_tree)
+
+
+def policy_and_reference(args, model, start: str):
+    """The model that samples, on CUDA a copy in bfloat16, else `model` itself; and the KL term's
+    reference, the model of the folder or hub id `start`, or None."""
+    # cuDNN's attention would plan, up to a second, for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
+        old_name = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False})
+    reference = load_model(start, model.device)[0].requires_grad_(False) if args.kl_coef else None
+    if args.dtype == "float32":
+        return model, reference
+    policy = copy.deepcopy(model)
+    for parameter in policy.parameters():  # not the buffers: RoPE needs float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return policy, reference
+
+
+def tiny_model(words: list[str], device: torch.device, seed: int):
+    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
+    given words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    quiet_transformers()
+    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
+    tokenizer.add_tokens(words)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
+    # At the usual initializer_range, 0.02, so small a model does not leave its plateau.
+    config = Qwen2Config(**size, **heads, **room, initializer_range=0.08)
     torch.manual_seed(seed)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    model = Qwen2ForCausalLM(config)
+    model.set_attn_implementation("token_tree")
+    return model.to(device).eval(), tokenizer
 
 
 def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on all demonstrations (paths to a leaf): a policy gradient with advantage 1
-    is imitation."""
-    n = len(paths) // max(1, args.sft_steps)
+    """Supervised steps on demonstrations (paths to a leaf): a policy gradient with advantage 1 is
+    imitation."""
+    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
-        optimizer.param_groups[0]["lr"] = lr * min(
-            1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3
-        )
-        samples = [
-            Sample(path[0], path[-1:], [torch.ones(())], 1 / n)
-            for path in paths[n * step : n * (step + 1)]
-        ]
-        update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
+    parts = batches(paths, max(1, len(paths) // max(1, args.sft_steps)))
+    for step, part in enumerate(tqdm(parts, "warm start", unit="step")):
+        slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
+        optimizer.param_groups[0]["lr"] = lr * slope
+        groups = [Group(path[0], path[-1:], torch.ones(1, 1), 1 / len(part)) for path in part]
+        update(model, None, optimizer, groups, args)
 
 
-def tiny_model(args, make_env, device: torch.device, folder: Path):
-    """The tiny model, warm-started on single steps of the world's demonstrator. It is left in `folder`."""
-    save_tiny_model(temporary := folder.with_suffix(".tmp"), [*make_env().words], args.seed)
-    model, tokenizer = load_model(str(temporary), device)
-    player, rng, paths = Player(model, tokenizer, args, make_env), random.Random(f"{args.seed}/demonstrations"), []
-    while len(paths) < 128 * args.sft_steps:
-        groups = player.play([rng.getrandbits(32) for _ in range(64)], 1, False, rng, 1.0, Counter())
-        paths += [action.path() for group in groups for _, action, *_ in group.steps]
-    warm_start(model, rng.sample(paths, 128 * args.sft_steps), args)
-    model.save_pretrained(temporary)
-    temporary.rename(folder)
-    return model, tokenizer
+def resume_run(args, given: set[str]):
+    """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
+    folder, and its state. BadInput if there is none, or if other arguments are given."""
+    try:
+        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        if state["script"] != Path(__file__).name:
+            raise ValueError(f"it is a run of {state['script']}")
+        saved = type(args)(**state["args"])
+    except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
+        raise BadInput(f"--resume {args.resume}: no run to continue ({error!r})") from None
+    changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
+    if extra := given - changeable - {"resume"}:
+        flag = min(extra).replace("_", "-")
+        raise BadInput(f"--{flag}: a run that is continued keeps its own; leave it out")
+    changed = {name: getattr(args, name) for name in given & changeable}
+    changed |= {"out": args.resume, "resume": args.resume}
+    return dataclasses.replace(saved, **changed), str(folder), state
+
+
+def new_optimizer(model, args, state: dict | None):
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
@@ -1413,215 +1378,214 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> 
     follow from step."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save(
-        {
-            "script": Path(__file__).name,
-            "step": step,
-            "args": vars(args),
-            "optimizer": optimizer.state_dict(),
-        },
-        temporary / "state.pt",
-    )
+    save_model(temporary, model, tokenizer)
+    state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
+    state["metrics"] = (out / "metrics.jsonl").stat().st_size
+    torch.save(state | {"optimizer": optimizer.state_dict()}, temporary / "state.pt")
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
 
 
-def resume_run(args, given: set[str]):
-    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). BadInput if
-    there is no such run, or one that cannot go on like this."""
+class Log:
+    """metrics.jsonl, of which the first `size` bytes are kept, and the run of --log."""
+
+    def __init__(self, args, size: int):
+        self.path = Path(args.out, "metrics.jsonl")
+        self.path.touch()
+        os.truncate(self.path, size)
+        self.tracker = importlib.import_module(args.log) if args.log else None
+        if self.tracker:
+            self.tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
+
+    def __call__(self, event: str, step: int, row: dict) -> None:
+        row = {"event": event, "step": step, **row}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(row, step=step)
+        if event == "eval":
+            shown = f"{row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy"
+            tqdm.write(f"step {step}: held-out success {shown}")
+
+
+def catch_signals() -> list:
+    """The first Ctrl-C or SIGTERM from now on is added to this list; a second one ends the process,
+    which does no harm: a run goes on from its last checkpoint."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+def copy_weights(model, policy) -> None:
+    if policy is not model:
+        for copied, master in zip(policy.parameters(), model.parameters()):
+            copied.data.copy_(master.data)
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """The most memory in use since the last call; None if that is not known."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def mermaid_text(text: str) -> str:
+    """A text as part of a Mermaid label."""
+    words = " ".join(text.split())[:160]
+    return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in words)
+
+
+# -------------------------------------------------------------------------------- command line
+class BadInput(ValueError):
+    """What the user gave cannot be used: the script prints this as one line and exits with 2."""
+
+
+def arg(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Args:
+    model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built here)")
+    env: str = arg("", "a world, FILE.py:NAME or FILE.py:NAME:ARGUMENT (default: the house)")
+    method: str = arg("graph_gpo", "credit of a step", choices=("graph_gpo", "gigpo", "grpo"))
+    K: int = arg(8, "rollouts per task")
+    omega: float = arg(0.1, "graph_gpo: what one more unit of cost leaves of a reward")
+    gamma: float = arg(0.95, "gigpo: discount of rewards per step")
+    beta_graph: float = arg(1.0, "weight of the step term, A_G (or gigpo's)")
+    beta_episode: float = arg(1.0, "weight of the episode term, A_E")
+    invalid_penalty: float = arg(0.1, "taken from the advantage of an invalid action")
+    max_steps: int = arg(25, "environment steps per rollout")
+    history: int = arg(0, "earlier observations and actions in a prompt")
+    steps: int = arg(60, "training steps")
+    tasks: int = arg(16, "tasks per step")
+    epochs: int = arg(1, "gradient steps per batch")
+    lr: float = arg(0.0, "learning rate (default: 1e-6 with --model, 5e-4 without)")
+    warmup: int = arg(10, "steps of linear learning rate warm-up")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (1 if --epochs is 1)")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    kl_coef: float = arg(0.01, "beta, weight of the KL to the starting model (0: none)")
+    temperature: float = arg(1.0, "of the draws in training")
+    max_tokens: int = arg(0, "most tokens of an answer (default: 512 with --model, 8 without)")
+    sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
+    eval_tasks: int = arg(32, "held-out tasks, each with K rollouts and a greedy one")
+    eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
+    save_every: int = arg(10, "steps between checkpoints")
+    kept_tokens: int = arg(200_000, "most tokens of prompts kept for when they are met again")
+    micro_tokens: int = arg(16384, "most tokens per forward")
+    grad_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = arg("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    seed: int = arg(0, "of everything random")
+    log: str = arg("", "log to trackio or wandb as well", choices=("trackio", "wandb"))
+    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    resume: str = arg("", "folder of a run to continue (--steps, --lr ... may be changed)")
+
+
+# Names of arguments of all three scripts.
+MAY_BE_0 = "N L steps warmup sft_steps clip_low clip_high kl_coef gamma".split()
+MAY_BE_0 += "beta_graph beta_episode invalid_penalty kept_tokens".split()
+AT_MOST_1 = ("top_p", "omega", "gamma")
+
+
+def parse_args(cls, argv: list[str]):
+    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
+    one line if it is none."""
+
+    def fail(message):
+        raise BadInput(f"{message} (--help lists the arguments)")
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = fail
+    for f in dataclasses.fields(cls):
+        flag, how, shown = "--" + f.name.replace("_", "-"), {}, f.metadata["help"]
+        if f.default is False:
+            how = {"action": "store_true"}
+        else:
+            how = {"type": type(f.default), "choices": f.metadata["choices"]}
+            shown += f" (default: {f.default})" if f.default else ""
+        parser.add_argument(flag, help=shown, **how)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)):
+            least_0 = name in MAY_BE_0 or not getattr(cls, name)
+            most = 1 if name in AT_MOST_1 else 1e15
+            if not (0 <= value if least_0 else 0 < value) or not value <= most:
+                fail(f"--{name.replace('_', '-')} {value}: out of range")
+    args = cls(**given)
+    if args.log and not importlib.util.find_spec(args.log):
+        fail(f"--log {args.log}: pip install {args.log}")
+    return args, set(given)
+
+
+def pick_device(args) -> torch.device:
+    name = args.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        script, saved = state["script"], state["args"]
-    except Exception:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(
-            f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder"
-        ) from None
-    if script != Path(__file__).name:
-        raise BadInput(
-            f"--resume {args.resume}: this is a run of {script}; continue it with that script"
-        )
-    run = (
-        saved
-        | {"out": args.resume, "resume": args.resume}
-        | {n: vars(args)[n] for n in given & {"steps", "device"}}
-    )
-    if differs := [name for name in sorted(given) if getattr(args, name) != run.get(name)]:
-        flag, began = differs[0].replace("_", "-"), run.get(differs[0])
-        raise BadInput(f"--{flag}: this run began with {began!r}; leave it out")
-    return type(args)(**run), str(folder), state
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception:  # noqa: BLE001 (each backend fails in its own way)
+        raise BadInput(f"--device {name}: not available here; leave it out") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
+    elif not args.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the tiny model gains little by two
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device
 
 
-def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
-    """The rows of metrics.jsonl up to a step, without a line that a killed run left unfinished."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [
-        row
-        for line in lines
-        if line.endswith("}") and (row := json.loads(line))["step"] <= last_step
-    ]
-
-
-def train(
-    args,
-    state: dict | None,
-    model,
-    policy,
-    reference,
-    tokenizer,
-    rollout,
-    credit,
-    evaluate,
-    picture,
-) -> None:
-    """The loop of all three scripts. What a method does in its own way comes in as functions:
-    rollout(step) -> (groups, what to log), credit(step, groups) -> samples for the loss,
-    evaluate() -> what to log, picture(groups, samples) -> (file name, Mermaid). `policy` samples:
-    `model`, or its copy in bfloat16. state: a checkpoint's; None: a new run."""
-    out, first, interrupts = Path(args.out), state["step"] if state else 0, []
-    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
-
-    def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
-        with open(out / name, mode) as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def measure(step: int) -> None:
-        row = {"event": "eval", "step": step, **evaluate()}
-        log(row)
-        sampled, greedy = row["success"], row["greedy_success"]
-        tqdm.write(f"step {step}: held-out success {sampled:.3f} sampled, {greedy:.3f} greedy")
-
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        log(*read_metrics(out, first), name="metrics.tmp", mode="w")
-        (out / "metrics.tmp").replace(out / "metrics.jsonl")
-    else:
-        log()  # the file is there before the checkpoint
-        save_checkpoint(out, 0, model, tokenizer, optimizer, args)
-    if not read_metrics(out):
-        measure(0)
-    bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
-
-    def interrupted(*signalled) -> None:
-        """Ctrl-C: finish the step, save and exit; by a second one exit at once."""
-        if interrupts:
-            signal.default_int_handler(*signalled)
-        interrupts.append(signalled)
-        bar.set_description("stopping")
-
-    before = signal.signal(signal.SIGINT, interrupted)
-    for step in bar:
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-        began = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        groups, row = rollout(step)
-        samples = credit(step, groups)
-        sampled = time.perf_counter()
-        row.update(update(model, reference, optimizer, samples, args), lr=lr)
-        if policy is not model:
-            for copied, master in zip(policy.parameters(), model.parameters()):
-                copied.data.copy_(master.data)
-        ended = time.perf_counter()
-        row["seconds"] = ended - began
-        row["seconds_sampling"], row["seconds_training"] = sampled - began, ended - sampled
-        row["peak_gb"] = None  # known on CUDA only
-        if model.device.type == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
-        log({"event": "train", "step": step + 1, **row})
-        name, text = picture(groups, samples)
-        (out / name).write_text(text, encoding="utf-8", errors="replace")
-        speed = row["generated_tokens"] / row["seconds"]
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        last = step + 1 == args.steps
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            measure(step + 1)
-        if last or interrupts or (step + 1) % args.save_every == 0:
-            save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
-        if interrupts and not last:
-            bar.close()
-            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
-    signal.signal(signal.SIGINT, before)
-    if read_metrics(out)[-1]["event"] == "train":
-        measure(max(first, args.steps))
-    model.save_pretrained(out / "final")
-    tokenizer.save_pretrained(out / "final")
-
-
-def summary(out: Path, *counted: str) -> str:
-    """The closing lines of a run, from its metrics; `counted` are the columns to add up."""
-    evals, steps = (
-        [row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train")
-    )
-    gains = (
-        f"{evals[0][name]:.3f} -> {evals[-1][name]:.3f} {words}"
-        for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy"))
-    )
-    totals = ", ".join(
-        f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted
-    )
-    return (
-        f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
-        f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}"
-    )
+def make_folder(args) -> Path:
+    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
+    if not args.resume and any(out.iterdir()):
+        raise BadInput(f"--out {out}: is not empty; choose another folder, or --resume the run")
+    return out
 
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
-    folder, state = args.model, None
-    if "resume" in given:
-        args, folder, state = resume_run(args, given)
-    try:
-        name = args.device if args.device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
-        torch.zeros(1, device=(device := torch.device(name))).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
-    if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the tiny model gains little by two, and beside other work they wait for each other
-    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    weights, state = args.model, None
+    if args.resume:
+        args, weights, state = resume_run(args, given)
+    if not 0 < args.omega < 1:
+        raise BadInput(f"--omega {args.omega}: give a number between 0 and 1")
+    device = pick_device(args)
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.max_tokens = args.max_tokens or (512 if args.model else 8)
-    out, make_env = Path(args.out), load_env(args.env) if args.env else House
-    if folder:
-        model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
+    make_env = load_env(args.env) if args.env else House
+    if weights:
+        model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         player = Player(model, tokenizer, args, make_env)
-        seen, info = player.envs[0].reset(seed=0, options={"held_out": True})
-        player.prompt(player.group(info["task"], 1), [""])  # raises BadInput if it does not fit
+        _, info = player.envs[0].reset(seed=0, options={"held_out": True})
+        player.prompt(player.task(info["task"], 1), [""])  # raises BadInput if it does not fit
     elif not all(hasattr(make_env(), name) for name in ("words", "demonstrate")):
-        raise BadInput(f"--env {args.env}: without words and demonstrate() it needs a model; give --model as well")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not state and any(out.iterdir()):
-            raise FileExistsError(0, "is not empty")
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
-    if not folder:
-        model, tokenizer = tiny_model(args, make_env, device, out / "start")
-        seen, info = make_env().reset(seed=0, options={"held_out": True})
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, up to a second, for every new shape
-    if args.grad_checkpointing:  # newer versions of transformers call it activation checkpointing
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
-    policy = model if args.dtype == "float32" else in_bfloat16(copy.deepcopy(model))
-    if reference is not None and policy is not model:
-        reference = linear_in_bfloat16(reference)
-    p = Player(policy, tokenizer, args, make_env)
-    group = p.group(info["task"], 1)
-    tokens = len(p.prompt(group, [seen]).tokens) * (1 + args.history) + args.max_tokens
-    steps, kept = args.tasks * args.K * args.max_steps, args.kept_tokens // tokens
-    data = f"tasks of {args.env or 'the house'}, {args.eval_tasks} held out"
-    print(opening(model, args, data, prompts=args.tasks, prompt=len(group.root.tokens), lanes=args.tasks * args.K,
-                  leaves=min(steps, kept), tokens=tokens), flush=True)
-    train(args, state, model, policy, reference, tokenizer, p.rollout, p.credit, p.evaluate, p.picture)
-    print(summary(out, "generated_tokens", "forwarded_tokens", "env_steps"))
+        raise BadInput(f"--env {args.env}: it has no words and demonstrate(), so give --model")
+    out = make_folder(args)
+    if not weights:
+        model, tokenizer = built_in_model(args, make_env, device)
+        save_model(out / "start", model, tokenizer)
+    policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
+    player = Player(policy, tokenizer, args, make_env)
+    what = f"tasks of {args.env or 'the house'}, {args.eval_tasks} held out"
+    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {what}", flush=True)
+    train(args, model, reference, player, state)
+
 
 if __name__ == "__main__":
     try:
@@ -1629,9 +1593,10 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
-        sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
+    except FloatingPointError as error:
+        sys.exit(f"stopped: {error}; go on with --resume and a lower --lr")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"stopped: {error}; begin again with less at once (--help)")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; with a checkpoint --resume it, else begin anew in another folder", file=sys.stderr)
+        print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)

@@ -2,21 +2,32 @@
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.8", "transformers>=5.0", "tqdm"]
 # ///
-"""TreeRL: LLM reinforcement learning with on-policy tree search (ACL 2025, arXiv 2506.11902), in one file.
+"""TreeRL: LLM reinforcement learning with on-policy tree search (ACL 2025, arXiv 2506.11902).
 
-    python treerl.py                                                        a tiny Qwen learns arithmetic, on a CPU
-    python treerl.py --model Qwen/Qwen2.5-1.5B-Instruct --data gsm8k.jsonl  a Qwen from the hub on GSM8K, on one GPU
-Process rewards: step_rewards. Search: fork_points, eptree. Branches that share the KV of what they have in common:
-Lanes, sample. Each token of a tree trained on once: Packed, packed_logps. Loss: grpo_loss. The loop: train.
+    python treerl.py                                     a tiny Qwen learns arithmetic, on a CPU
+    python treerl.py --model Qwen/Qwen2.5-1.5B-Instruct --data gsm8k.jsonl           on one GPU
+
+The algorithm, of which `train` is the loop:
+
+    for each training step:
+        1. search (EPTree): for each prompt M chains, the trunks of M trees; then, L times, in each
+           tree the N most uncertain tokens are drawn again T times, to the end         eptree
+        2. credit: R(s) = (G_A(s) + L_A(s)) / sqrt(|L(s)|) of each segment s            step_rewards
+        3. update: the clipped policy loss                                              grpo_loss
+        4. the sampler gets the new weights
+
+A segment between two forks is a node. Branches share the keys and values of what they have in
+common, and are trained on it once: the engine, below the loop.
 Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
 
+from __future__ import annotations
+
 import argparse
-import bisect
 import copy
 import dataclasses
 import functools
+import importlib
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -28,7 +39,6 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -40,183 +50,264 @@ from torch import Tensor
 from tqdm import tqdm
 
 
-# ---------------------------------------------------------------------------------------------------------- arguments
-class BadInput(ValueError):
-    """What the user gave cannot be used: the script prints this as one line and exits with 2."""
+# ------------------------------------------------------------------------------- TreeRL: the method
+def step_rewards(parents: list[int], leaf_rewards: dict[int, float]) -> Tensor:
+    """Process reward R(s) of each node s of one prompt's tree (TreeRL, section 3.2).
 
-
-def arg(default, help: str, low: float = 0, high: float = 1e15, choices: tuple | None = None):
-    return field(default=default, metadata={"help": help, "range": (low, high), "choices": choices})
-
-
-@dataclass
-class Args:
-    model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built and warm-started here)")
-    data: str = arg("", "GSM8K, MATH or MATH-500 file (default: built-in problems)")
-    method: str = arg("treerl", "chainrl: M chains, RLOO; random: any forks", choices=("treerl", "chainrl", "random"))
-    M: int = arg(6, "independent chains per prompt, each the trunk of a tree", low=1)
-    N: int = arg(2, "places forked per tree and round")
-    L: int = arg(1, "rounds of forking")
-    T: int = arg(2, "new branches per fork", low=1)
-    keep: int = arg(16, "leaves per prompt trained on, at random, a right one among them if there is any", low=1)
-    steps: int = arg(60, "training steps")
-    prompts: int = arg(16, "prompts per step", low=1)
-    at_once: int = arg(64, "most of --prompts that are searched together: fewer need less memory, more time", low=1)
-    epochs: int = arg(1, "gradient steps per batch", low=1)
-    lr: float | None = arg(None, "learning rate (default: 1.5e-6 with --model, 5e-4 without)", low=1e-9)
-    warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (it is 1 unless --epochs is above 1)")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high (as clip_low)")
-    kl_coef: float = arg(0.0, "beta, weight of the KL to the starting model (0: no reference model)")
-    temperature: float = arg(1.2, "of the draws in the search", low=1e-9)
-    top_p: float = arg(0.95, "nucleus of the draws in the search", low=1e-9, high=1)
-    max_tokens: int | None = arg(None, "most tokens of a solution (default: 8192 with --model, 8 * ops without)", low=1)
-    ops: int = arg(8, "built-in problems have 5 to this many operations", low=5, high=32)
-    sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
-    eval_only: bool = arg(False, "no training: search --eval-prompts problems (of all --data), pass rate and accuracy")
-    eval_prompts: int = arg(200, "held-out problems (of --data a fifth, rounded up, at most)", low=1)
-    eval_batch: int = arg(128, "held-out problems solved together: fewer need less memory", low=1)
-    eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
-    save_every: int = arg(10, "steps between checkpoints", low=1)
-    micro_tokens: int = arg(16384, "most tokens per forward and backward (a prompt's tree is never split)", low=1)
-    grad_checkpointing: bool = arg(False, "recompute activations in the backward pass: less memory, more time")
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = arg("auto", "of forward passes (auto: bfloat16 on CUDA)", choices=("auto", "float32", "bfloat16"))
-    seed: int = arg(0, "of everything random")
-    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
-    resume: str = arg("", "folder of a run to continue (--steps may be raised)")
-
-
-def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
-    one line if it is none."""
-
-    def fail(message):
-        raise BadInput(f"{message} (--help lists the arguments)")
-
-    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.error = fail
-    for f in dataclasses.fields(cls):
-        kind = next(
-            t
-            for t in (bool, int, float, str)
-            if t is f.type or t in getattr(f.type, "__args__", ())
-        )
-        how = (
-            {"action": "store_true"}
-            if kind is bool
-            else {"type": kind, "choices": f.metadata["choices"]}
-        )
-        shown = (
-            f" (default: {f.default})" if f.default not in (None, "") and kind is not bool else ""
-        )
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"), dest=f.name, help=f.metadata["help"] + shown, **how
-        )
-    given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        low, high = cls.__dataclass_fields__[name].metadata["range"]
-        if not isinstance(value, str) and not low <= value <= high:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be from {low:g} to {high:g}")
-    return cls(**given), set(given)
-
-
-# ------------------------------------------------------------------------------------------------- TreeRL: the method
-def step_rewards(parents: Sequence[int], leaf_rewards: Mapping[int, float]) -> Tensor:
-    """Process reward R(s) = (G_A(s) + L_A(s)) / sqrt(|L(s)|) of each node s of one prompt's tree (TreeRL).
-    L(s) are the leaves at or below s, V(s) the mean of their rewards, G_A(s) = V(s) - V(root), L_A(s) = V(s) - V(parent
-    of s). Node 0 is the root, that is the prompt, and gets 0. parents: (nodes,), each node's parent, which comes before
-    it, -1 for the root; leaf_rewards: reward of each node without children. Returns (nodes,) in float64. Raises
-    ValueError for parents that are no such tree, a leaf without reward, a reward elsewhere or not finite."""
-    if not len(parents) or parents[0] != -1 or not all(0 <= p < i for i, p in enumerate(parents) if i):
-        raise ValueError(f"want a root with parent -1, then nodes whose parents come before them, got {parents}")
+    parents: of each node, before it; -1 of node 0, the root, that is the prompt, which gets 0.
+    leaf_rewards: of each node without children. Returns (nodes,) in float64. ValueError for parents
+    that are no such tree, a leaf without a reward, a reward elsewhere or one that is not finite."""
+    tree = len(parents) > 0 and parents[0] == -1
+    if not tree or not all(0 <= p < i for i, p in enumerate(parents) if i):
+        raise ValueError(f"want a root with parent -1, and parents before children, got {parents}")
     leaves = set(range(len(parents))).difference(parents)
     if set(leaf_rewards) != leaves or not all(map(math.isfinite, leaf_rewards.values())):
-        raise ValueError(f"want finite rewards of the leaves {leaves} and of no other node, got {leaf_rewards}")
-    shift = float(next(iter(leaf_rewards.values())))  # R(s) is of differences, so equal rewards are to give exactly 0
+        raise ValueError(f"want finite rewards of the leaves {leaves}, got {leaf_rewards}")
+    shift = float(next(iter(leaf_rewards.values())))  # so that equal rewards give exactly 0
     count = [float(i in leaves) for i in range(len(parents))]
     total = [float(leaf_rewards.get(i, shift)) - shift for i in range(len(parents))]
     for i in range(len(parents) - 1, 0, -1):
         count[parents[i]] += count[i]
         total[parents[i]] += total[i]
-    L = torch.tensor(count, dtype=torch.float64)
-    V = torch.tensor(total, dtype=torch.float64) / L
-    R = ((V - V[0]) + (V - V[list(parents)])) / L.sqrt()
+    L = torch.tensor(count, dtype=torch.float64)  # |L(s)|, the leaves at or below s
+    V = torch.tensor(total, dtype=torch.float64) / L  # V(s), their mean reward
+    G_A = V - V[0]  # global advantage
+    L_A = V - V[list(parents)]  # local advantage
+    R = (G_A + L_A) / L.sqrt()  # R(s), section 3.2
     R[0] = 0
     return R
 
+
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages of independent chains (ChainRL), (G,) -> (G,): reward minus the mean of the others; a lone one: 0."""
-    x = rewards.double() - rewards[:1]  # equal rewards are to give exactly 0
+    """Advantages of independent chains (ChainRL), (G,) -> (G,): reward minus the mean of the
+    others; 0 for a lone one."""
+    x = rewards.double() - rewards[:1]  # so that equal rewards give exactly 0
     return (len(x) * x - x.sum()) / max(1, len(x) - 1)
 
-def fork_points(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
-    """The n most uncertain sampled tokens of a tree (EPTree): largest H = -log pi of the token itself first, of equals
-    the earlier; fewer if fewer are allowed. logps: (P,), in nats, of all branches; allowed: (P,), bool."""
-    return logps.masked_fill(~allowed, math.inf).argsort(stable=True)[: min(n, int(allowed.sum()))].tolist()
 
-def fork_candidates(root: "Node", tree: int, answer_at) -> tuple[list[tuple["Node", int]], Tensor, Tensor]:
-    """All sampled tokens of one tree as (node, index in it), their log-probs (P,), and where it may be forked, (P,) in
-    bool: not at a side branch's first token nor where it was forked before (both are where a node begins, so of those
-    only a lone trunk's is allowed), nor from token number answer_at(leaf) of a path on, which begins its answer."""
+def fork_points(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
+    """The n most uncertain sampled tokens of a tree (EPTree, section 3.1): largest H = -log pi of
+    the token itself first, of equals the earlier; fewer if fewer are allowed. logps: (P,), in nats,
+    of all branches; allowed: (P,), bool."""
+    order = logps.masked_fill(~allowed, math.inf).argsort(stable=True)
+    return order[: min(n, int(allowed.sum()))].tolist()
+
+
+def fork_candidates(root: Node, tree: int, answer_at) -> tuple[list, Tensor, Tensor]:
+    """All sampled tokens of one tree as (node, index in it), their log-probs (P,), and where it may
+    be forked, (P,) in bool. answer_at(leaf): the number on its path of the token that begins the
+    answer."""
     places, allowed, seen = [], [], set()
     trunks = [node for node in root.children if node.tree == tree]
-    for leaf in (leaf for trunk in trunks for leaf in trunk.leaves()):
+    for leaf in [leaf for trunk in trunks for leaf in trunk.leaves()]:
         start, answer = 0, answer_at(leaf)
         for node in leaf.path()[1:]:
-            if node not in seen:  # a node's first child goes on with what was sampled first: its path decides
+            if node not in seen:  # the path of its first leaf decides: what was sampled first
                 seen.add(node)
-                places += [(node, t) for t in range(len(node.tokens))]
-                allowed += [start + t < answer and (t > 0 or [node] == trunks) for t in range(len(node.tokens))]
+                for t in range(len(node.tokens)):
+                    # A node begins where a fork was made before; that of a lone trunk was not.
+                    begins_branch = t == 0 and [node] != trunks
+                    places.append((node, t))
+                    allowed.append(start + t < answer and not begins_branch)
             start += len(node.tokens)
     logps = torch.tensor([node.logps[t] for node, t in places], dtype=torch.float64)
     return places, logps, torch.tensor(allowed, dtype=torch.bool)
 
-def split(node: "Node", t: int) -> "Node":
-    """Cut a node before its token t: it keeps what comes before, a new child gets the rest and all that hung below,
-    each with its part of the keys and values. Returns the node that begins with token t; a fork is its sibling."""
+
+def split(node: Node, t: int) -> Node:
+    """Cut a node before its token t: it keeps what comes before, a new child gets the rest and all
+    that hung below, each with its part of the keys and values. Returns the node that begins with
+    token t; a fork is its sibling."""
     if t == 0:
         return node
-    rest = Node(node, node.tokens[t:], node.sampled[t:], node.logps[t:], node.children[:], node.tree, node.reward)
-    for child in rest.children:
+    below, node.children = node.children, []
+    rest = Node(node, node.tokens[t:], node.logps[t:], below, node.tree, node.reward)
+    for child in below:
         child.parent = rest
     if node.kv is not None:
         node.kv, rest.kv = node.kv.tensor_split([t], -2)
-    node.tokens, node.sampled, node.logps = node.tokens[:t], node.sampled[:t], node.logps[:t]
-    node.children, node.reward = [rest], None
+    node.tokens, node.logps, node.reward = node.tokens[:t], node.logps[:t], None
     return rest
 
-def eptree(play, groups: list[tuple], M: int, N: int, L: int, T: int, answer_at, choose=fork_points) -> None:
-    """TreeRL's search below each root of `groups`, (problem, root) pairs, all together. M independent chains from each
-    root are the trunks of its trees; then L times, in each tree the N most uncertain tokens are drawn afresh T times
-    and completed: at most M (1 + N L T) leaves, by L + 1 parallel generations; N = 0 gives chains. play(starts) adds to
-    each (problem, node, tree) a child, Node(node, tree=tree), with tokens and log-probs to the end. answer_at(problem,
-    leaf): from which token of the leaf's path after the prompt on there is no fork. choose: as fork_points."""
-    play([(problem, root, tree) for problem, root in groups for tree in range(M)])
-    for _ in range(L if N else 0):
+
+def eptree(play, prompts: list[tuple], M: int, N: int, L: int, T: int, answer_at) -> None:
+    """TreeRL's search below each root of `prompts`, (problem, root) pairs, all together: at most
+    M (1 + N L T) leaves each, by L + 1 parallel generations. N = 0 gives chains.
+
+    play(starts, keep) adds to each (problem, node, tree) a child with tokens and log-probs to the
+    end; keep: may it be forked? answer_at(problem, leaf): see fork_candidates."""
+    rounds = L if N else 0
+    # M independent chains are the trunks of the prompt's trees.
+    starts = [(problem, root, tree) for problem, root in prompts for tree in range(M)]
+    play(starts, keep=rounds > 0)
+    for left in range(rounds, 0, -1):
+        # In each tree the N most uncertain tokens are drawn afresh T times.
         starts = []
-        for problem, root in groups:
+        for problem, root in prompts:
             for tree in range(M):
-                places, logps, allowed = fork_candidates(root, tree, functools.partial(answer_at, problem))
-                cuts = [split(*places[i]) for i in sorted(choose(logps, N, allowed), reverse=True)]  # the last first
-                starts += [(problem, node.parent, tree) for node in cuts for _ in range(T)]
+                answer = functools.partial(answer_at, problem)
+                places, logps, allowed = fork_candidates(root, tree, answer)
+                chosen = sorted(fork_points(logps, N, allowed), reverse=True)  # the last first
+                forks = [split(*places[i]) for i in chosen]  # a later cut may move who is above
+                starts += [(problem, fork.parent, tree) for fork in forks for _ in range(T)]
         if starts:
-            play(starts)
-# ---------------------------------------------------------------------------------- the token tree
+            play(starts, keep=left > 1)
+
+
+def process_rewards(root: Node, method: str) -> dict[Node, float]:
+    """Each node's R(s), or of independent chains the leave-one-out advantage."""
+    nodes = root.below()
+    if method == "chainrl":
+        rewards = torch.tensor([leaf.reward for leaf in nodes[1:]])
+        return dict(zip(nodes, [0.0, *leave_one_out(rewards).tolist()]))
+    number = {node: i for i, node in enumerate(nodes)}
+    parents = [number.get(node.parent, -1) for node in nodes]
+    rewards = {number[leaf]: leaf.reward for leaf in root.leaves()}
+    return dict(zip(nodes, step_rewards(parents, rewards).tolist()))
+
+
+def credit(root: Node, args, rng: random.Random) -> tuple[list[Node], Tensor]:
+    """--keep leaves of a prompt, at random, a right one among them if there is any, and the
+    advantages of their tokens, (leaves, length), padded.
+
+    Every token of a segment s carries R(s), and each leaf's path is a sequence of its own, so s
+    counts once for each kept leaf below it: with all kept its weight is |L(s)| R(s) = sqrt(|L(s)|)
+    (G_A(s) + L_A(s)), over the paths' lengths."""
+    leaves, R = root.leaves(), process_rewards(root, args.method)
+    kept = rng.sample(leaves, min(args.keep, len(leaves)))
+    right = [leaf for leaf in leaves if leaf.reward]
+    if right and not any(leaf.reward for leaf in kept):
+        kept[0] = rng.choice(right)
+    rows = [[R[node] for node in leaf.path()[1:] for _ in node.tokens] for leaf in kept]
+    return kept, torch.tensor(padded(rows, 0.0))
+
+
+# ----------------------------------------------------------------------------------------- the loss
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
+
+    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
+    without any), which the caller divides by the prompt's sequences, Eq. 8's G, and by the prompts;
+    and sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their
+    gradient), kl (nats).
+
+    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
+    is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
+    ValueError unless kl_coef is 0."""
+    if ref_logp is None and kl_coef:
+        raise ValueError("kl_coef needs ref_logp")
+    mask = mask.bool()
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]
+    advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
+
+    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
+    plain = ratio * advantages
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    loss = -torch.minimum(plain, clipped)  # Eq. 8, with its KL below
+
+    gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
+    gap = gap.masked_fill(~mask, 0)
+    kl = gap.exp() - gap - 1
+    if kl_coef:
+        loss = loss + kl_coef * kl
+    stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
+    return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
+
+
+# ------------------------------------------------------------------------------- the training loop
+def train(args, model, reference, solver: Solver, state: dict | None) -> None:
+    """solver.model samples: `model` itself, or its copy in bfloat16. state: a checkpoint's, to go
+    on from, or None."""
+    out, tokenizer = Path(args.out), solver.tokenizer
+    optimizer = new_optimizer(model, args, state)
+    first = state["step"] if state else 0
+    log = Log(args, state["metrics"] if state else 0)
+    if not state:
+        save_checkpoint(out, 0, model, tokenizer, optimizer, args)
+    if first == 0:
+        log("eval", 0, evaluate(solver))
+    signals = catch_signals()
+    bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
+    for step in bar:
+        began = time.perf_counter()
+        peak_gb(model.device)  # counts from here on
+        lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
+        optimizer.param_groups[0]["lr"] = lr
+        rng = random.Random(f"{args.seed}/{step}")
+        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60))
+        counts = Counter(generated_tokens=0, forwarded_tokens=0, entropy=0.0)
+        draws = generator, args.temperature, args.top_p, counts
+        play = functools.partial(solver.play, draws)
+
+        # 1. Search (EPTree, section 3.1).
+        prompts = [(problem, solver.root(problem)) for problem in solver.problems(step, rng)]
+        for part in batches(prompts, args.at_once):
+            eptree(play, part, args.M, args.N, args.L, args.T, solver.answer_at)
+            forget(node for _, root in part for node in root.below())
+
+        # 2. Credit: R(s) (section 3.2). The loss is a mean over a prompt's leaves, then prompts.
+        groups, keep = [], random.Random(f"{args.seed}/{step}/keep")
+        for _, root in prompts:
+            leaves, advantages = credit(root, args, keep)
+            groups.append(Group(root, leaves, advantages, 1 / len(leaves) / len(prompts)))
+        sampled = time.perf_counter()
+
+        # 3. Update; then the sampler gets the new weights.
+        row = update(model, reference, optimizer, groups, args)
+        copy_weights(model, solver.model)
+
+        # 4. Log, draw, evaluate, save.
+        won = [[leaf.reward for leaf in root.leaves()] for _, root in prompts]
+        row["reward"] = row["success"] = sum(map(sum, won)) / sum(map(len, won))
+        row["pass_rate"] = sum(map(any, won)) / len(won)
+        row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
+        row["seconds"] = time.perf_counter() - began
+        row["seconds_sampling"] = sampled - began
+        row["peak_gb"] = peak_gb(model.device)
+        log("train", step + 1, row)
+        speed = row["generated_tokens"] / row["seconds"]
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
+        (out / "tree.md").write_text(picture(solver, groups), "utf-8", "replace")
+        last = step + 1 == args.steps
+        if last or args.eval_every and (step + 1) % args.eval_every == 0:
+            log("eval", step + 1, evaluate(solver))
+        if last or signals or (step + 1) % args.save_every == 0:
+            save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
+            if signals and not last:
+                raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
+    save_model(out / "final", model, tokenizer)
+    print(f"model in {out / 'final'}")
+
+
+# ==================================================================================================
+# The engine: the same text in all three scripts, to be read once. It computes what tests/naive.py
+# does with one forward per path, but fast: branches share the keys and values above them when they
+# are sampled, and each token of a tree is trained on once.
+# ==================================================================================================
 @dataclass(eq=False)
 class Node:
-    """A run of tokens below one parent.
+    """A run of tokens below one parent: a prompt (a root), an agent step with its observation
+    (Tree-GRPO), a segment between forks (TreeRL), an action (GraphGPO).
 
-    A root is a prompt; other nodes are agent steps (Tree-GRPO), segments between forks (TreeRL), a
-    prompt's end or an action (GraphGPO). `kv`, while in use: kv[..., j, :] is of the token *before*
+    The first len(logps) of its tokens were drawn by the policy and carry loss; the others, a prompt
+    or an observation, were not. `kv`, while in use: kv[..., j, :] is of the token *before*
     tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
     So what begins below a node finds all but the node's last token there, and runs that again."""
 
-    parent: "Node | None" = None
+    parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
-    sampled: list[bool] = field(default_factory=list)  # written by the policy, so carrying loss
-    logps: list[float] = field(default_factory=list)  # at temperature 1; 0 where not sampled
-    children: list["Node"] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)  # at temperature 1
+    children: list[Node] = field(default_factory=list)
     tree: int = 0  # which of the prompt's trees, that is: from whose trunk it hangs
     reward: float | None = None  # of a leaf
     kv: Tensor | None = None  # (layers, 2, KV heads, tokens, head size)
@@ -225,19 +316,14 @@ class Node:
         if self.parent is not None:
             self.parent.children.append(self)
 
-    def add(self, tokens: list[int], sampled: bool = False, logps: list[float] | None = None):
-        self.tokens += tokens
-        self.sampled += [sampled] * len(tokens)
-        self.logps += logps or [0.0] * len(tokens)
-
-    def path(self) -> list["Node"]:
+    def path(self) -> list[Node]:
         """The nodes from the root to this one."""
         nodes = [self]
         while nodes[-1].parent:
             nodes.append(nodes[-1].parent)
         return nodes[::-1]
 
-    def below(self) -> list["Node"]:
+    def below(self) -> list[Node]:
         """This node and all under it, a child with all under it before the next child."""
         nodes, stack = [], [self]
         while stack:
@@ -245,7 +331,7 @@ class Node:
             stack += reversed(nodes[-1].children)
         return nodes
 
-    def leaves(self) -> list["Node"]:
+    def leaves(self) -> list[Node]:
         return [node for node in self.below() if not node.children]
 
     @property
@@ -262,80 +348,35 @@ def forget(nodes) -> None:  # frees memory; what is needed again is computed aga
         node.kv = None
 
 
+def batches(items: list, size: int) -> list[list]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
     width = -(-max(map(len, rows)) // multiple) * multiple
     return [row + [pad] * (width - len(row)) for row in rows]
 
 
-def token_tree(module, query, key, value, attention_mask, scaling, tree, **kwargs):
-    """The attention that transformers calls in each layer. `tree`, which is handed through the
-    model's keyword arguments, does it: tree(layer, q, k, v, scaling)."""
-    return tree(module.layer_idx, query, key, value, scaling), None
+def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
+    """The attention that transformers calls in each layer. `attend`, which is handed through the
+    model's keyword arguments, does it."""
+    return attend(module.layer_idx, query, key, value, scaling), None
 
 
 def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def products(a: Tensor, b: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """scale a @ b.mT + mask (without a mask a @ b.mT), in float32 also of bfloat16, to which scores
-    and logits would be rounded otherwise. a: (batch, n, D), b: (batch, m, D), mask: (batch, n or 1,
-    m). Returns (batch, n, m)."""
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b.mT in float32; in bfloat16 scores and logits would be rounded. a: (batch, n, D),
+    b: (batch, m, D). Returns (batch, n, m)."""
     if a.is_cuda and a.dtype == torch.bfloat16:
-        out = torch.bmm(a, b.mT, out_dtype=torch.float32)
-        return out if mask is None else torch.add(mask, out, alpha=scale)
-    a, b = full_precision(a), full_precision(b)
-    if mask is None:
-        return torch.bmm(a, b.mT)
-    return torch.baddbmm(mask, a, b.mT, alpha=scale)
+        return torch.bmm(a, b.mT, out_dtype=torch.float32)
+    return torch.bmm(full_precision(a), full_precision(b).mT)
 
 
-# ------------------------------------------------------------------------ sampling with shared KV
-# What follows computes what tests/naive.py does by one forward per path, but fast. Read that first.
-def prefill(model, nodes: list[Node]) -> int:
-    """Compute the KV of the roots above the nodes, where they have none, but for each root's last
-    token, which each branch runs itself. Returns how many tokens that were."""
-    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
-    if not roots:
-        return 0
-    layers = []
-
-    def attend(layer, q, k, v, scaling):  # causal, so the padding on the right is never seen
-        layers.append(torch.stack([k, v]))
-        how = {"is_causal": True, "scale": scaling, "enable_gqa": True}
-        return F.scaled_dot_product_attention(q, k, v, **how).transpose(1, 2)
-
-    at_once = max(1, MOST_PROMPT_TOKENS // max(len(root.tokens) for root in roots))
-    for start in range(0, len(roots), at_once):
-        part = roots[start : start + at_once]
-        ids = torch.tensor(padded([root.tokens[:-1] for root in part]), device=model.device)
-        model.model(ids.long(), use_cache=False, tree=attend)
-        for i, root in enumerate(part):
-            root.kv = torch.stack([kv[:, i, :, : len(root.tokens) - 1] for kv in layers])
-        layers.clear()
-    return length(roots) - len(roots)
-
-
-def gather_kv(like: Tensor, paths: list[list[Node]], room: int) -> list[Tensor]:
-    """For each layer the keys and values that the nodes of each path hold, one after the other and
-    zeros after them, (2, KV heads, paths, room, head size). like: some node's kv."""
-    held, slots = [], []
-    for i, path in enumerate(paths):
-        nodes = [node for node in path if node.cached]
-        held += nodes
-        slots += range(i * room, i * room + sum(node.cached for node in nodes))
-    slots = torch.tensor(slots, device=like.device)
-    layers = []
-    for layer in range(len(like)):
-        kv = like.new_zeros(2, like.shape[2], len(paths) * room, like.shape[-1])
-        if held:
-            kv.index_copy_(2, slots, torch.cat([node.kv[layer] for node in held], 2))
-        layers.append(kv.unflatten(2, (len(paths), room)))
-    return layers
-
-
-MOST_SCORES = 2**26  # elements of a score matrix in the sampler
-MOST_PROMPT_TOKENS = 2**14  # of a forward that computes prompts, padding included
+# ---------------------------------------------------------------------------- engine: sampling
+MOST_SCORES = 2**26  # elements of a score matrix
 LOOK = {"cuda": 8}  # how many tokens are drawn before the host looks at them; elsewhere 1
 
 
@@ -343,78 +384,61 @@ class Lanes:
     """Branches in flight: a row per prompt, a lane per branch; lanes left over in a row stay idle.
 
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
-    own, in `own`. A new token attends to both: two score matrices, one softmax.
+    own, in `own`. A new token attends to both: two score matrices, one softmax. A lane has `room`
+    for some more tokens. When one is full, or when most lanes idle, what was computed is stored in
+    the nodes, and new Lanes go on from there.
 
     Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
-    the tokens that were not run yet. `at` and `token` are length and the last of new on the device,
-    where `step` counts them on.
+    the tokens that were not run yet. `at` and `token` are copies of length and of the last of new
+    on the device, which `step` advances.
 
     Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
     them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
-        self.model, self.on_cuda = model, model.device.type == "cuda"
-        experts = any(hasattr(model.config, x) for x in ("num_experts", "num_local_experts"))
-        self.recorded = self.on_cuda and not experts  # these are chosen with the host's help
+        self.model, self.graph, device = model, None, model.device
+        self.recorded = device.type == "cuda"
         rows = {}  # root -> the nodes to be sampled below it
         for node in nodes:
             rows.setdefault(node.path()[0], []).append(node)
-        self.set_grid(list(rows.values()))
+        self.W = max(map(len, rows.values()))
+        self.grid = [node for row in padded(list(rows.values()), None) for node in row]
 
-        roots, paths = list(rows), [node.path() if node else [] for node in self.grid]
-        self.length = [sum(node.cached for node in path[1:]) for path in paths]
-        self.new = []
-        for path in paths:
-            tokens = [token for node in path for token in node.tokens]
-            self.new.append(tokens[sum(node.cached for node in path) :] or [0])
-        P = max(root.cached for root in roots)
-        S = max(n + len(new) for n, new in zip(self.length, self.new)) + 32
-        self.shared = gather_kv(roots[0].kv, [[root] for root in roots], P)  # (2, h, R, P, D)
-        self.own = gather_kv(roots[0].kv, [path[1:] for path in paths], S)  # (2, h, B, S, D)
-        prompt = torch.tensor([root.cached for root in roots], device=model.device)
-        self.set_buffers(prompt.repeat_interleave(self.W))
+        self.length, self.new, paths = [], [], []
+        for node in self.grid:
+            path = node.path() if node else []
+            tokens = [token for above in path for token in above.tokens]
+            self.new.append(tokens[sum(above.cached for above in path) :] or [0])
+            paths.append(path[1:])
+            self.length.append(sum(above.cached for above in path[1:]))
+        longest = max(n + len(new) for n, new in zip(self.length, self.new))
+        self.room = longest + max(64, longest // 2)
+        P, S = max(root.cached for root in rows), self.room + 1  # the last slot is for pads
+        self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
+        self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
 
-    def set_grid(self, rows: list[list]) -> None:
-        self.W = max(map(len, rows))
-        self.grid = [node for row in padded(rows, None) for node in row]
-
-    def set_buffers(self, prompt: Tensor) -> None:
-        """What a step reads and writes, in places that stay; a new recording is due."""
-        self.prompt = prompt  # (B,), how long each lane's prompt is
-        self.at = torch.zeros_like(prompt)  # (B,), the slot of the token to be run next
-        self.token = torch.zeros_like(prompt)  # (B,), that token
-        dtype = torch.promote_types(self.own[0].dtype, torch.float32)
-        self.drawn = torch.zeros(3, len(prompt), dtype=dtype, device=prompt.device)
-        _, h, _, P, _ = self.shared[0].shape
-        beyond = torch.arange(P, device=prompt.device) >= prompt[:: self.W, None]  # (R, P)
-        mask = self.drawn.new_zeros(()).where(~beyond, -torch.inf)
-        self.prompt_mask = mask.repeat(h, 1)[:, None]  # (h R, 1, P)
-        self.graph = None
-
-    def make_room(self, slots: int) -> int:
-        """Room in each lane for so many slots, and one for pads. Returns how many to look at."""
-        S = self.own[0].shape[3]
-        if slots >= S:
-            more = slots + 1 + max(64, S // 2) - S
-            for layer, kv in enumerate(self.own):  # one by one, so that one is there twice at most
-                self.own[layer] = F.pad(kv, (0, 0, 0, more))
-            self.graph = None
-        return self.own[0].shape[3] if self.on_cuda else slots  # what is recorded sees them all
+        # What a step reads and writes, in places that stay.
+        prompt = torch.tensor([root.cached for root in rows], device=device)
+        self.prompt = prompt.repeat_interleave(self.W)  # (B,), how long each lane's prompt is
+        self.at = torch.zeros_like(self.prompt)  # (B,), the slot of the token to be run next
+        self.token = torch.zeros_like(self.prompt)  # (B,), that token
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.drawn = torch.zeros(3, len(self.grid), dtype=dtype, device=device)
 
     def catch_up(self) -> None:
         """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
         score matrix must not get too large."""
-        keys = self.shared[0].shape[3] + self.own[0].shape[3]
+        keys = self.shared.shape[4] + self.room
         heads = self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
         while max(map(len, self.new)) > 1:
             part = [tokens[:-1][:most] for tokens in self.new]
             counts = [len(tokens) for tokens in part]
-            seen = self.make_room(max(self.length) + max(counts))
             self.at.copy_(torch.tensor(self.length))
             ids, count = (torch.tensor(x, device=self.at.device) for x in (padded(part), counts))
-            self.run(ids, count, seen)
-            self.length = [n + more for n, more in zip(self.length, counts)]
+            after = [n + more for n, more in zip(self.length, counts)]
+            self.run(ids, count, seen=max(after))
+            self.length = after
             self.new = [tokens[n:] for n, tokens in zip(counts, self.new)]
 
     def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
@@ -423,44 +447,41 @@ class Lanes:
 
         Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
         one: a CUDA graph cannot hold that."""
-        (B, n), (_, h, _, S, _), device = ids.shape, self.own[0].shape, ids.device
-        g = self.model.config.num_attention_heads // h
-
-        # Token j of lane b goes to slot at[b] + j; a pad to the last slot, which is never seen.
+        (B, n), P, device = ids.shape, self.shared.shape[4], ids.device
         column = torch.arange(n, device=device)
-        slot = self.at[:, None] + column  # (B, n)
-        target = torch.where(column < count[:, None], slot, S - 1)
-        block = torch.arange(h * B, device=device).view(h, B).T[:, :, None]
-        target = (block * S + target[:, None]).flatten()  # of (B, h, n) keys in (h B S)
-
+        slot = self.at[:, None] + column  # (B, n), where a token goes
         # It sees its prompt and, in its lane, the slots up to its own.
-        visible = torch.arange(seen, device=device) <= slot[:, :, None]  # (B, n, seen)
-        mask = self.drawn.new_zeros(()).where(visible, -torch.inf)
-        mask = mask[:, None].expand(h, B, g, n, seen).reshape(h * B, g * n, seen)
+        prompt = torch.arange(P, device=device) < self.prompt[:, None, None]  # (B, 1, P)
+        own = torch.arange(seen, device=device) <= slot[:, :, None]  # (B, n, seen)
+        visible = torch.cat([prompt.expand(B, n, P), own], -1)[:, None]
+        mask = self.drawn.new_zeros(()).where(visible, -torch.inf)  # (B, 1, n, P + seen)
+        target = slot.where(column < count[:, None], self.room)  # a pad goes where nobody looks
 
         attend = functools.partial(self.attend, target, mask)
         position = slot + self.prompt[:, None]
-        out = self.model.model(ids, position_ids=position, use_cache=False, tree=attend)
+        out = self.model.model(ids, position_ids=position, use_cache=False, attend=attend)
         return out.last_hidden_state
 
     def attend(self, target, mask, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float):
         """A layer's attention. q: (B, h g, n, D), k and v: (B, h, n, D). Returns (B, n, h g, D)."""
-        (B, heads, n, D), h, R = q.shape, k.shape[1], self.shared[layer].shape[2]
-        for block, new in zip(self.own[layer], (k, v)):
-            block.view(-1, D).index_copy_(0, target, new.reshape(-1, D))
-        shared_k, shared_v = self.shared[layer].flatten(1, 2)  # (h R, P, D)
-        P, seen = shared_k.shape[1], mask.shape[2]
-        own_k, own_v = self.own[layer][..., :seen, :].flatten(1, 2)  # (h B, seen, D)
+        (B, heads, n, D), h = q.shape, k.shape[1]
+        shared, own = self.shared[layer], self.own[layer]
+        (R, P), seen = shared.shape[2:4], mask.shape[-1] - shared.shape[3]
+        lane = torch.arange(B, device=q.device)[:, None]
+        own[:, :, lane, target] = torch.stack([k, v]).transpose(1, 2)
+        shared_k, shared_v = shared.flatten(1, 2)  # (h R, P, D)
+        own_k, own_v = own[..., :seen, :].flatten(1, 2)  # (h B, seen, D)
 
         # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
         # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
-        q = q.reshape(B, h, -1, D).transpose(0, 1).reshape(h * B, -1, D)
-        shared = products(q.view(h * R, -1, D), shared_k, self.prompt_mask, scaling)
-        own = products(q, own_k, mask, scaling)
-        scores = torch.cat([shared.view(h * B, -1, P), own], -1)  # (h B, g n, P + seen)
-        weights = scores.softmax(-1).to(v.dtype)
+        gn = heads // h * n
+        q = q.reshape(B, h, gn, D).transpose(0, 1).reshape(h * B, gn, D)
+        on_prompt = products(q.view(h * R, -1, D), shared_k).view(h * B, gn, P)
+        scores = torch.cat([on_prompt, products(q, own_k)], -1).view(h, B, -1, n, P + seen)
+        torch.add(mask, scores, alpha=scaling, out=scores)
+        weights = scores.softmax(-1).to(v.dtype).view(h * B, gn, P + seen)
         out = weights.view(h * R, -1, P + seen)[..., :P] @ shared_v
-        out = torch.baddbmm(out.view(h * B, -1, D), weights[..., P:], own_v)
+        out = torch.baddbmm(out.view(h * B, gn, D), weights[..., P:], own_v)
         return out.view(h, B, -1, n, D).permute(1, 3, 0, 2, 4).reshape(B, n, heads, D)
 
     def step(self, seen: int, temperature: float, top_p: float, generator) -> None:
@@ -482,7 +503,7 @@ class Lanes:
     def decode(self, steps: int, temperature: float, top_p: float, generator):
         """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
         and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
-        seen = self.make_room(max(self.length) + steps)
+        seen = self.room if self.recorded else max(self.length) + steps
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
         step = functools.partial(self.step, seen, temperature, top_p, generator)
@@ -499,33 +520,47 @@ class Lanes:
 
     def store(self, b: int) -> None:
         """Copy what lane b computed to its nodes, from which a later branch starts."""
-        start = 0
-        for node in self.grid[b].path()[1:]:
+        start, path = 0, self.grid[b].path()
+        for node in path[1:] or path:  # a root, while its prompt is computed, is in a lane itself
             end = min(start + len(node.tokens), self.length[b])
             if node.cached < end - start:
-                node.kv = torch.stack([kv[:, :, b, start:end] for kv in self.own])
+                node.kv = self.own[:, :, :, b, start:end].clone()
             start = end
 
-    def shrink(self, live: list[int]) -> list[int]:
-        """Drop lanes that are not in `live` if the batch gets a quarter smaller (on CUDA a half, as
-        a step is recorded anew). Returns where the live ones are now."""
-        rows = {}  # row -> its live lanes
-        for b in live:
-            rows.setdefault(b // self.W, []).append(b)
-        size = len(rows) * max(map(len, rows.values()))
-        if size > (0.5 if self.on_cuda else 0.75) * len(self.grid):
-            return live
-        grid = [[self.grid[b] for b in row] for row in rows.values()]
-        kept = [b for row in padded(list(rows.values()), live[0]) for b in row]
-        self.set_grid(grid)
-        self.length = [self.length[b] if node else 0 for b, node in zip(kept, self.grid)]
-        self.new = [self.new[b] if node else [0] for b, node in zip(kept, self.grid)]
-        kept, left = (torch.tensor(x, device=self.at.device) for x in (kept, list(rows)))
-        for layer in range(len(self.own)):
-            self.own[layer] = self.own[layer].index_select(2, kept)
-            self.shared[layer] = self.shared[layer].index_select(2, left)
-        self.set_buffers(self.prompt[kept])
-        return [b for b, node in enumerate(self.grid) if node]
+    def serve(self, live: list[int], steps: int) -> bool:
+        """Can these lanes go on for so many tokens? Not if there is no room, nor if they would fit
+        into three quarters of the lanes (into half of them where a step has to be recorded)."""
+        rows = Counter(b // self.W for b in live)
+        share = len(rows) * max(rows.values()) / len(self.grid)
+        enough = share > (0.5 if self.recorded else 0.75)
+        return enough and max(self.length) + steps <= self.room
+
+
+def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
+    """The keys and values that the nodes of each path hold, one after the other and zeros after
+    them: (layers, 2, KV heads, paths, room, head size)."""
+    c = model.config
+    D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
+    kv = torch.zeros(shape, dtype=model.dtype, device=model.device)
+    for i, path in enumerate(paths):
+        start = 0
+        for node in path:
+            if node.cached:
+                kv[:, :, :, i, start : start + node.cached] = node.kv
+                start += node.cached
+    return kv
+
+
+@torch.inference_mode()
+def compute(model, nodes: list[Node]) -> None:
+    """The keys and values of prompts, roots or nodes below computed roots, but for the last token
+    of each, which each branch runs itself."""
+    lanes = Lanes(model, nodes)
+    lanes.catch_up()
+    for b, node in enumerate(lanes.grid):
+        if node:
+            lanes.store(b)
 
 
 def record(step, generator):
@@ -587,13 +622,24 @@ def sample(
     last one is not counted), generated_tokens and entropy (their sum, in nats).
     FloatingPointError if a log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    counts["forwarded_tokens"] += prefill(model, nodes)
+    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
+    if roots:
+        compute(model, roots)
     lanes = Lanes(model, nodes)
-    live = [b for b, node in enumerate(lanes.grid) if node]
-    counts["forwarded_tokens"] += sum(len(lanes.new[b]) for b in live)
+    counts["forwarded_tokens"] += length(roots) - len(roots)
+    counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
     lanes.catch_up()
     limit = dict(zip(nodes, limits))
+    live = [b for b, node in enumerate(lanes.grid) if node]
     while live:
+        if not lanes.serve(live, look):
+            nodes = [lanes.grid[b] for b in live]
+            for b in live:
+                lanes.store(b)
+            lanes = None  # its memory is free before the new ones take theirs
+            lanes = Lanes(model, nodes)
+            forget(nodes)
+            live = [b for b, node in enumerate(lanes.grid) if node]
         tokens, logps, entropies = lanes.decode(look, temperature, top_p, generator)
         if not math.isfinite(sum(map(sum, logps))):
             raise FloatingPointError("the policy's logits are not finite")
@@ -601,78 +647,42 @@ def sample(
         for b in live:
             node, over, i = lanes.grid[b], False, 0
             while i < look and not over:  # what was drawn after the end is dropped
-                token = tokens[i][b]
-                node.add([token], True, [logps[i][b]])
+                node.tokens.append(tokens[i][b])
+                node.logps.append(logps[i][b])
                 counts["entropy"] += entropies[i][b]
-                over = token in eos or len(node.tokens) >= limit[node] or stop(node.tokens)
+                ended = tokens[i][b] in eos or stop(node.tokens)
+                over = ended or len(node.tokens) >= limit[node]
                 i += 1
             counts["generated_tokens"] += i
             counts["forwarded_tokens"] += i - over
             lanes.length[b] += i
-            lanes.new[b] = [token]
+            lanes.new[b] = node.tokens[-1:]
             if over and keep:
                 lanes.store(b)
             if over:
-                lanes.length[b], lanes.new[b] = 0, [0]  # it idles there until the batch shrinks
+                lanes.length[b], lanes.new[b] = 0, [0]  # the lane idles from now on
             else:
                 going.append(b)
-        live = lanes.shrink(going) if going else []
+        live = going
 
 
-# ---------------------------------------------------------- training: trees packed into one row
-class Sample(NamedTuple):
-    """A prompt's part of the loss."""
+# ---------------------------------------------------------------------------- engine: training
+class Group(NamedTuple):
+    """The sequences of one prompt, from the root to each leaf, and their part of the loss."""
 
     root: Node
     leaves: list[Node]
-    advantages: list[Tensor]  # of each leaf: one number, or one per sampled token
-    weight: float  # of the sum over the leaves
+    advantages: Tensor  # (leaves, 1), or (leaves, length): one per sampled token, padded
+    weight: float  # of the sum over the leaves: Eq. 8's 1 / G, over the prompts of the step
 
 
-@dataclass
-class Flat:
-    """The unique tokens of some trees, by segments: runs of tokens without a branch."""
+def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
+    """Segments of like length, (tokens, path), into buckets, one attention call for each.
 
-    tokens: list[int] = field(default_factory=list)
-    position: list[int] = field(default_factory=list)
-    parent: list[int] = field(default_factory=list)  # the place of the token above each
-    segments: list[tuple[int, list[int]]] = field(default_factory=list)  # (tokens, their path)
-    read: list[int] = field(default_factory=list)  # the places of the sampled tokens
-    logps: list[float] = field(default_factory=list)  # the sampler's, one for each of `read`
-    index: dict[Node, range] = field(default_factory=dict)  # node -> its range in `read`
-
-
-def flatten(samples: list[Sample]) -> Flat:
-    """The trees of the samples as a row: of each tree all that leads to a leaf of a sample. A
-    segment's path are the places of all tokens from the root to its last."""
-    flat = Flat()
-    for root, items in itertools.groupby(samples, lambda item: item.root):
-        kept = {node for item in items for leaf in item.leaves for node in leaf.path()}
-        stack = [(root, [])]  # the node that begins a segment, and the path above it
-        while stack:
-            node, above = stack.pop()
-            start, children = len(flat.tokens), [node]
-            while len(children) == 1:  # no branch: the segment goes on
-                node = children[0]
-                first = len(flat.read)
-                flat.read += [len(flat.tokens) + j for j, drawn in enumerate(node.sampled) if drawn]
-                flat.logps += [logp for logp, drawn in zip(node.logps, node.sampled) if drawn]
-                flat.index[node] = range(first, len(flat.read))
-                flat.tokens += node.tokens
-                children = [child for child in node.children if child in kept]
-            own = list(range(start, len(flat.tokens)))
-            path = above + own
-            flat.position += range(len(above), len(path))
-            flat.parent += [above[-1] if above else 0] + own[:-1]
-            flat.segments.append((len(own), path))
-            stack += [(child, path) for child in children]
-    return flat
-
-
-def place(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
-    """Segments of like length into buckets, one attention call for each. Returns the buckets,
-    (queries, keys) with the places of the tokens of each segment and of its path, padded; and for
-    each token of the row the number of its query, counted through all buckets."""
+    A path is the list of the places in the row of all tokens from the root on; the segment's own
+    come last. Returns the buckets, (queries, keys) with the places of the tokens of each segment
+    and of its path, padded; and of each token of the row the number of its query, counted through
+    all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
     left = sorted(segments, key=lambda segment: segment[0])
     while left:
@@ -688,62 +698,60 @@ def place(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
     return buckets, number
 
 
-def leaf_paths(samples: list[Sample], index: dict[Node, range], device) -> list[tuple]:
-    """Of each sample, (leaves, length): where in the log-probs a leaf's are, and a mask."""
-    paths = []
-    for item in samples:
-        rows = [[i for node in leaf.path() for i in index[node]] for leaf in item.leaves]
-        places = torch.tensor(padded(rows, -1), device=device).long()
-        paths.append((places.clamp(min=0), places >= 0))
-    return paths
-
-
 class Packed:
-    """The trees of samples as one row of their unique tokens, on a device.
+    """The trees of groups as one row of their unique tokens, on a device: of each tree all that
+    leads to a leaf of a group.
 
-    A segment's queries see the keys of its path, which are gathered; slot j of a path holds the
-    token at position j, so a query sees the slots up to its own position."""
+    A node's queries see the keys of its path, which are gathered; slot j of a path holds the token
+    at position j, so a query sees the slots up to its own position. paths: of each group, (leaves,
+    length), where in the log-probs those of a leaf's sampled tokens are, and a mask."""
 
-    def __init__(self, samples: list[Sample], device):
+    def __init__(self, groups: list[Group], device):
         def on_device(numbers):
             return torch.tensor(numbers, device=device).long()
 
-        flat = flatten(samples)
-        self.samples = samples
-        self.ids, self.position = on_device([flat.tokens]), on_device([flat.position])
-        self.target = on_device([flat.tokens[t] for t in flat.read])  # the sampled tokens
-        self.read = on_device([flat.parent[t] for t in flat.read])  # the one that predicts each
-        self.sampler_logps = torch.tensor(flat.logps, device=device)
-        self.paths = leaf_paths(samples, flat.index, device)
-
-        buckets, number = place(flat.segments)
+        tokens, position, segments, read, target, logps = [], [], [], [], [], []
+        path_of, logps_of = {}, {}  # node -> its path, and where its log-probs are
+        for root, its_groups in itertools.groupby(groups, lambda group: group.root):
+            kept = {node for group in its_groups for leaf in group.leaves for node in leaf.path()}
+            for node in root.below():
+                if node not in kept:
+                    continue
+                above, n, drawn = path_of.get(node.parent, []), len(node.tokens), len(node.logps)
+                own = list(range(len(tokens), len(tokens) + n))
+                path = path_of[node] = above + own
+                logps_of[node] = range(len(logps), len(logps) + drawn)
+                tokens += node.tokens
+                position += range(len(above), len(above) + n)
+                read += path[-n - 1 : -1][:drawn]  # the token before predicts each of them
+                target += node.tokens[:drawn]
+                logps += node.logps
+                if n:
+                    segments.append((n, path))
+        buckets, number = buckets_of(segments)
+        self.groups = groups
+        self.ids, self.position = on_device([tokens]), on_device([position])
+        self.read, self.target = on_device(read), on_device(target)
+        self.sampler_logps = torch.tensor(logps, device=device)
+        self.old_logps = self.ref_logps = None  # the trainer's and the reference's, before a step
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
         self.number = on_device(number)
-        self.segments = flat.segments
+        self.paths = []
+        for group in groups:
+            rows = [[i for n in leaf.path() for i in logps_of[n]] for leaf in group.leaves]
+            places = on_device(padded(rows, -1))
+            self.paths.append((places.clamp(min=0), places >= 0))
 
-    @functools.cached_property
-    def sequences(self) -> tuple[Tensor, list[Tensor], list[int]]:
-        """What the kernel takes: the keys of all segments' paths, one path after the other; where
-        the queries and the keys of each segment begin; and the most that one has of either."""
-        device = self.ids.device
-        lengths = list(zip(*((own, len(path)) for own, path in self.segments)))
-        keys = torch.tensor([place for _, path in self.segments for place in path], device=device)
-        starts = [torch.tensor([0, *itertools.accumulate(n)], device=device).int() for n in lengths]
-        return keys, starts, [max(n) for n in lengths]
-
-    def attention(self, dtype: torch.dtype, groups: int):
-        """The layers' attention, attend(layer, q, k, v, scaling), in this dtype and with so many
-        query heads on a KV head."""
-        kernel = varlen_kernel() if dtype == torch.bfloat16 and self.ids.is_cuda else None
-        if kernel is not None:
-            return functools.partial(self.attend_without_masks, kernel)
+    def masks(self, dtype: torch.dtype, g: int) -> list[Tensor]:
+        """Of each bucket, for all layers, with g query heads on a KV head: (segments, 1, g width,
+        path)."""
         masks = []
-        for queries, keys in self.buckets:  # for all layers
+        for queries, keys in self.buckets:
             slot = torch.arange(keys.shape[1], device=keys.device)
             visible = slot <= self.position[0, queries][:, :, None]
             mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
-            masks.append(mask.repeat(1, groups, 1)[:, None])  # (segments, 1, g width, path)
-        return functools.partial(self.attend, masks)
+            masks.append(mask.repeat(1, g, 1)[:, None])
+        return masks
 
     def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
@@ -765,45 +773,24 @@ class Packed:
             out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
         return torch.cat(out).index_select(0, self.number)[None]
 
-    def attend_without_masks(self, kernel, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling):
-        """The same by one kernel: a segment's queries are neighbours, and are its path's last."""
-        keys, starts, longest = self.sequences
-        q = q[0].transpose(0, 1).to(v.dtype).contiguous()
-        k, v = (
-            full_precision(x[0].transpose(0, 1)).index_select(0, keys).to(v.dtype) for x in (k, v)
-        )
-        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}  # causal
-        return kernel(q, k, v, *starts, *longest, **how)[None]
-
-
-@functools.cache
-def varlen_kernel():
-    """torch's attention over sequences of any lengths, or None before torch 2.12, where it lacks
-    an argument."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn if "enable_gqa" in inspect.signature(varlen_attn).parameters else None
-
 
 def packed_logps(model, packed: Packed) -> Tensor:
     """Log-prob at temperature 1 of each sampled token of packed trees, (tokens,), in their order;
     packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
     where a sampled token is predicted, in chunks that the backward pass computes again, so that
     (tokens, vocabulary) logits never exist at once."""
-    device = model.device.type
+    device, config = model.device.type, model.config
     autocast = torch.is_autocast_enabled(device)
     dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    groups = model.config.num_attention_heads // model.config.num_key_value_heads
-    attend = packed.attention(dtype, groups)
-    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, tree=attend)
+    masks = packed.masks(dtype, config.num_attention_heads // config.num_key_value_heads)
+    attend = functools.partial(packed.attend, masks)
+    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, attend=attend)
 
     def logps(hidden, target):
         logits = full_precision(model.lm_head(hidden))
         return -F.cross_entropy(logits, target, reduction="none")
 
-    rows = max(1, 2**26 // model.config.vocab_size)
+    rows = max(1, 2**26 // config.vocab_size)
     hidden = out.last_hidden_state[0].index_select(0, packed.read)
     chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -812,106 +799,60 @@ def packed_logps(model, packed: Packed) -> Tensor:
     return torch.cat([again(*chunk) for chunk in chunks])
 
 
-def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
-
-    Per sampled token -min(r A, clip(r, 1 - clip_low, 1 + clip_high) A)
-    + kl_coef (exp(q - p) - (q - p) - 1), where r = exp(logp - old_logp), p = logp, q = ref_logp.
-    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
-    without any): divide it by the prompt's sequences, then by the prompts of the step.
-    logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
-    is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
-    ValueError unless kl_coef is 0. The stats are sums over sampled tokens, to be added over calls:
-    tokens, clipped (the clip takes their gradient), kl (nats)."""
-    if ref_logp is None and kl_coef:
-        raise ValueError("kl_coef needs ref_logp")
-    mask = mask.bool()
-    if advantages.dim() == 1:
-        advantages = advantages[:, None]
-    advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
-
-    ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
-    plain = ratio * advantages
-    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    loss = -torch.minimum(plain, clipped)
-
-    gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
-    gap = gap.masked_fill(~mask, 0)
-    kl = gap.exp() - gap - 1
-    if kl_coef:
-        loss = loss + kl_coef * kl
-    stats = {"tokens": mask.sum(), "clipped": (clipped < plain).sum(), "kl": kl.detach().sum()}
-    return (loss.sum(-1) / mask.sum(-1).clamp(min=1)).sum(), stats
+def micro_batches(groups: list[Group], max_tokens: int) -> list[list[Group]]:
+    """Consecutive groups that are packed into at most max_tokens tokens, or a larger one alone."""
+    parts, packed = [], set()
+    for group in groups:
+        nodes = {node for leaf in group.leaves for node in leaf.path()}
+        if not parts or length(packed | nodes) > max_tokens:
+            parts.append([])
+            packed = set()
+        parts[-1].append(group)
+        packed |= nodes
+    return parts
 
 
-def micro_batches(samples: list[Sample], max_tokens: int) -> list[list[Sample]]:
-    """Consecutive samples that are packed into at most max_tokens tokens, or a larger one alone."""
-    batches, tokens = [], 0
-    for item in samples:
-        size = length({node for leaf in item.leaves for node in leaf.path()})
-        same_root = bool(batches) and batches[-1][-1].root is item.root
-        added = size - len(item.root.tokens) if same_root else size
-        if not batches or tokens + added > max_tokens:
-            batches.append([])
-            tokens, added = 0, size
-        batches[-1].append(item)
-        tokens += added
-    return batches
+def gathered(logps: Tensor | None, index: Tensor) -> Tensor | None:
+    return None if logps is None else logps.index_select(0, index.flatten()).view_as(index)
 
 
-def batch_loss(logps, old_logps, ref_logps, packed: Packed, args) -> tuple[Tensor, dict]:
-    """The loss of packed samples, and the sums of grpo_loss's stats; the log-probs as packed."""
-    loss, sums = 0.0, {}
-    for item, (index, mask) in zip(packed.samples, packed.paths):
-        of_leaves = [
-            None if x is None else x.index_select(0, index.flatten()).view_as(index)
-            for x in (logps, old_logps, ref_logps)
-        ]
-        given = [a.reshape(-1) for a in item.advantages]
-        advantages = torch.nn.utils.rnn.pad_sequence(given, batch_first=True).to(logps.device)
-        limits = args.clip_low, args.clip_high, args.kl_coef
-        part, stats = grpo_loss(*of_leaves, advantages, mask, *limits)
-        loss = loss + item.weight * part
+def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
+    """The loss of packed groups, from the trainer's log-probs, and the sums of grpo_loss's
+    stats."""
+    loss, sums = 0.0, Counter()
+    limits = args.clip_low, args.clip_high, args.kl_coef
+    for group, (index, mask) in zip(packed.groups, packed.paths):
+        x = [gathered(x, index) for x in (logps, packed.old_logps, packed.ref_logps)]
+        part, stats = grpo_loss(*x, group.advantages.to(logps.device), mask, *limits)
+        loss = loss + group.weight * part
         for name, value in stats.items():
-            sums[name] = sums.get(name, 0) + value
+            sums[name] += value
     return loss, sums
 
 
-def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str, float | None]:
+def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, float | None]:
     """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction,
     grad_norm, and sampler_gap, the mean distance of the sampler's log-probs from the trainer's
     (None: no step). FloatingPointError before a step would break the weights."""
     if not args.kl_coef:  # without KL a prompt whose advantages are all 0 has no gradient
-        samples = [item for item in samples if any(a.any() for a in item.advantages)]
-    batches = [Packed(batch, model.device) for batch in micro_batches(samples, args.micro_tokens)]
-    old_logps, ref_logps = [], []
-    sums = dict.fromkeys(("loss", "norm", "tokens", "clipped", "kl", "gap"), 0.0)
+        groups = [group for group in groups if group.advantages.any()]
+    parts = [Packed(part, model.device) for part in micro_batches(groups, args.micro_tokens)]
+    sums = Counter()
     autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
-    for epoch in range(args.epochs if batches else 0):
-        for i, packed in enumerate(batches):
+    for _ in range(args.epochs if parts else 0):
+        for packed in parts:
             with autocast(enabled=args.dtype == "bfloat16"):
                 logps = packed_logps(model, packed)
-                if epoch == 0:  # no step taken yet, so these are the old policy's
-                    old_logps.append(logps.detach())
-                    ref_logps.append(None)
-                    sums["gap"] += (old_logps[i] - packed.sampler_logps).abs().sum()
-                if epoch == 0 and reference is not None:
-                    with torch.no_grad():
-                        ref_logps[i] = packed_logps(reference, packed)
-            loss, stats = batch_loss(logps, old_logps[i], ref_logps[i], packed, args)
+                if packed.old_logps is None:  # no step taken yet, so these are the old policy's
+                    packed.old_logps = logps.detach()
+                    sums["gap"] += (packed.old_logps - packed.sampler_logps).abs().sum()
+                    if reference is not None:
+                        with torch.no_grad():
+                            packed.ref_logps = packed_logps(reference, packed)
+            loss, stats = batch_loss(packed, logps, args)
             loss.backward()
-            sums["loss"] += loss.detach() / args.epochs
-            for name, value in stats.items():
+            for name, value in (stats | {"loss": loss.detach() / args.epochs}).items():
                 sums[name] += value
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         sums["norm"] += norm / args.epochs
@@ -920,37 +861,44 @@ def update(model, reference, optimizer, samples: list[Sample], args) -> dict[str
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    sums = {name: float(value) for name, value in sums.items()}
-    tokens, drawn = max(1, sums["tokens"]), max(1, sum(map(len, old_logps)))
+    sums = Counter({name: float(value) for name, value in sums.items()})
+    tokens = max(1, sums["tokens"])
+    drawn = sum(len(packed.target) for packed in parts)
     return {
         "loss": sums["loss"],
         "kl": sums["kl"] / tokens if reference is not None else None,
         "grad_norm": sums["norm"],
         "clip_fraction": sums["clipped"] / tokens,
-        "sampler_gap": sums["gap"] / drawn if batches else None,
+        "sampler_gap": sums["gap"] / drawn if drawn else None,
     }
 
 
-# ------------------------------------------------------------------------------------ problems, solutions, models
+# --------------------------------------------------------------------------- problems and solutions
 REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.\n\n"
 NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
     r"(?:[A-Za-z ]*(?:[=:]|\bis\b))?\s*(?P<sign>[-−+]?)\s*"
     r"(?P<value>(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?)\s*"
     r"(?!(?i:hundred|thousand|[mbtr]+illion|dozen|squared|cubed|and|or|times|plus|minus|k|bn)\b)"
-    r"(?:[A-Za-z%°][A-Za-z%°. /]*)?\.?")
+    r"(?:[A-Za-z%°][A-Za-z%°. /]*)?\.?"
+)
+
 
 class Problem(NamedTuple):
     text: str
     answer: str
     latex: bool = False  # compared by math_verify, as in MATH; else as numbers, as in GSM8K
 
+
 def final_answer(text: str, latex: bool) -> tuple[int, str | None]:
-    """Where the final answer of a solution begins, and what it says: the last \\boxed{...} or, if numbers are asked for
-    and there is none, what follows the last ####. (len(text), None) without either, None if a brace is not closed."""
+    """Where the final answer of a solution begins, and what it says: the last \\boxed{...} or, if
+    numbers are asked for and there is none, what follows the last ####. (len(text), None) without
+    either, None if a brace is not closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         start = -1 if latex else text.rfind("####")
-        return (start, text[start + 4 :].split("\n")[0].strip()) if start >= 0 else (len(text), None)
+        if start < 0:
+            return len(text), None
+        return start, text[start + 4 :].split("\n")[0].strip()
     box, depth = text[start:].split("box", 1)[1].removeprefix("ed").lstrip(), 0
     if box[:1] != "{":  # \boxed 2, of which there are some in MATH
         return start, box.split("$")[0].strip() or None
@@ -960,210 +908,470 @@ def final_answer(text: str, latex: bool) -> tuple[int, str | None]:
             return start, box[1 : brace.start()].strip()
     return start, None
 
-def number(text: str) -> Fraction | None:
-    """The value of a text that says one number, be it with commas, a currency sign, "x =" or a unit around it."""
-    text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text.replace("{,}", ",").strip("* \n"))
-    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", re.sub(r"(US)?\\?[$€£¥]|\\[,!;: ]|\\(?=%)", "", text))
-    match = NUMBER.fullmatch(text.strip()) if len(text) < 100 else None
-    return match and Fraction(match["value"].replace(",", "")) * (-1 if match["sign"] in ("-", "−") else 1)
 
-def meaning(answer: str | None, latex: bool) -> Fraction | str | None:
-    """What answers are compared by: a number, or LaTeX without spaces; None for no answer."""
-    return None if answer is None else "".join(answer.split()) if latex else number(answer)
+def number(text: str) -> Fraction | None:
+    """The value of a text that says one number, be it with commas, a currency sign, "x =" or a unit
+    around it."""
+    text = text.replace("{,}", ",").strip("* \n")
+    text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
+    text = re.sub(r"(US)?\\?[$€£¥]|\\[,!;: ]|\\(?=%)", "", text)
+    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
+    match = NUMBER.fullmatch(text.strip()) if len(text) < 100 else None
+    if match is None:
+        return None
+    value = Fraction(match["value"].replace(",", ""))
+    return -value if match["sign"] in ("-", "−") else value
+
 
 def is_right(answer: str | None, problem: Problem) -> bool:
-    """Does a final answer equal the problem's, as found within seconds? Nothing of it is ever evaluated as code."""
-    found, gold = (meaning(a, problem.latex) for a in (answer, problem.answer))
-    if found is None or found == gold or not problem.latex or len(found) > 1000:
-        return found is not None and found == gold
+    """Does a final answer equal the problem's? It is never evaluated as code, nor for long."""
+    if answer is None:
+        return False
+    if not problem.latex:
+        value = number(answer)
+        return value is not None and value == number(problem.answer)
+    if "".join(answer.split()) == "".join(problem.answer.split()):
+        return True
+    if len(answer) > 1000:
+        return False
     from math_verify import LatexExtractionConfig, parse, verify
-    config = [LatexExtractionConfig()]  # its other configuration, of plain expressions, would go through eval
-    gold, found = (parse(f"${a.rstrip('.')}$", config, parsing_timeout=2) for a in (problem.answer, answer))
+
+    config = [LatexExtractionConfig()]  # its other configuration, of plain expressions, uses eval
+    texts = [f"${text.rstrip('.')}$" for text in (problem.answer, answer)]
+    gold, found = (parse(text, config, parsing_timeout=2) for text in texts)
     return verify(gold, found, timeout_seconds=2)
 
+
 class Solver:
-    """The policy at its problems: trees of solutions of many at a time; and what train() needs of the method."""
+    """The policy at its problems: solutions of many at a time."""
+
     def __init__(self, model, tokenizer, args, training: list[Problem], held_out: list[Problem]):
-        self.model, self.tokenizer, self.args, self.training, self.held_out = model, tokenizer, args, training, held_out
-        eos = model.generation_config.eos_token_id
-        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]  # of a text, of a turn in a chat
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.training, self.held_out = training, held_out
+        self.eos = end_tokens(model, tokenizer)
         self.text = functools.partial(tokenizer.decode, skip_special_tokens=True)
-        self.eos = {*ends, *(eos if isinstance(eos, list) else [eos])}
+
+    def problems(self, step: int, rng: random.Random) -> list[Problem]:
+        if self.training:
+            return batch_of(self.training, step, self.args)
+        return [make_problem(rng, self.args.ops, False) for _ in range(self.args.prompts)]
+
+    def root(self, problem: Problem) -> Node:
+        text = problem.text
+        if self.tokenizer.chat_template or self.args.data:  # else it knows what it is to do
+            text = REQUEST + text
+        return prompt_root(self.model, self.tokenizer, text)
+
     def solution(self, leaf: Node) -> list[int]:  # the tokens of its path after the prompt
         return [token for node in leaf.path()[1:] for token in node.tokens]
-    def answer(self, problem: Problem, leaf: Node) -> tuple[int, str | None]:  # where in the text, what it says
-        return final_answer(self.text(self.solution(leaf)), problem.latex)
-    def root(self, problem: Problem) -> Node:  # a model without chat template gets the built-in problems bare
-        told = REQUEST * bool(self.tokenizer.chat_template or self.args.data)
-        return prompt_root(self.model, self.tokenizer, told + problem.text)
-    def answer_at(self, problem: Problem, leaf: Node) -> int:  # the number of the solution's token that begins it
-        tokens, (start, _) = self.solution(leaf), self.answer(problem, leaf)
-        return bisect.bisect_right(range(len(tokens)), start, key=lambda t: len(self.text(tokens[: t + 1])))
-    def play(self, starts: list[tuple[Problem, Node, int]], generator, temperature: float, top_p: float, counts,
-             keep: bool = False):
-        """For each (problem, node, tree) a branch; its reward is 1 if it ends within the limits and is right, or 0.
-        keep: may it be forked?"""
-        nodes, context = [Node(node, tree=tree) for _, node, tree in starts], self.model.config.max_position_embeddings
-        limits = [min(self.args.max_tokens - length(node.path()[1:]), context - length(node.path())) for node in nodes]
-        sample(self.model, nodes, limits, lambda tokens: False, self.eos, generator, temperature, top_p, counts, keep)
-        for (problem, _, _), node in zip(starts, nodes):
-            node.reward = float(node.tokens[-1] in self.eos and is_right(self.answer(problem, node)[1], problem))
-    def search(self, problems: list[Problem], rng: random.Random, counts: Counter) -> list[tuple[Problem, Node]]:
-        """The trees of each problem, found by --method: (problem, root) pairs."""
-        args, generator = self.args, torch.Generator(self.model.device).manual_seed(rng.getrandbits(60))
-        def anywhere(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
-            return rng.sample(places := allowed.nonzero().flatten().tolist(), min(n, len(places)))
-        groups = [(problem, self.root(problem)) for problem in problems]
-        N = args.N if args.method != "chainrl" else 0
-        for i in range(0, len(groups), args.at_once):
-            part = groups[i : i + args.at_once]
-            left = iter(range(args.L if N else 0, -1, -1))  # rounds of forks after each wave
-            def play(starts, left=left):
-                self.play(starts, generator, args.temperature, args.top_p, counts, keep=next(left) > 0)
-            eptree(play, part, args.M, N, args.L, args.T, self.answer_at,
-                   anywhere if args.method == "random" else fork_points)
-            forget(node for _, root in part for node in root.below())
-        return groups
-    def rollout(self, step: int):
-        """The trees of one training step: ((problem, root) pairs, what to log of them)."""
-        args, rng, counts = self.args, random.Random(f"{self.args.seed}/{step}"), Counter()
-        built_in = (make_problem(rng, args.ops, False) for _ in range(args.prompts))
-        groups = self.search(batch_of(self.training, step, args) or list(built_in), rng, counts)
-        won = [[leaf.reward for leaf in root.leaves()] for _, root in groups]
-        counts["entropy"] /= counts["generated_tokens"]
-        reward = sum(map(sum, won)) / sum(map(len, won))
-        return groups, {"reward": reward, "success": reward, "pass_rate": sum(map(any, won)) / len(won), **counts}
-    def process_rewards(self, root: Node) -> dict[Node, float]:
-        """Each node's advantage: R(s), or of independent chains the leave-one-out advantage."""
-        nodes = root.below()
-        if self.args.method == "chainrl":
-            return dict(zip(nodes, [0.0, *leave_one_out(torch.tensor([leaf.reward for leaf in nodes[1:]])).tolist()]))
-        at = {node: i for i, node in enumerate(nodes)}
-        rewards = {i: node.reward for i, node in enumerate(nodes) if not node.children}
-        return dict(zip(nodes, step_rewards([at.get(node.parent, -1) for node in nodes], rewards).tolist()))
-    def credit(self, step: int, groups) -> list[Sample]:
-        """--keep leaves of each prompt, at random, a right one among them if any. Every token of a segment s carries
-        R(s), and each leaf's path is a sequence of its own, so s counts once for each kept leaf below it: with all
-        kept its weight is |L(s)| R(s) = sqrt(|L(s)|) (G_A(s) + L_A(s)), over the paths' lengths."""
-        rng, samples = random.Random(f"{self.args.seed}/{step}/keep"), []
-        for _, root in groups:
-            leaves, R = root.leaves(), self.process_rewards(root)
-            kept, right = rng.sample(leaves, min(self.args.keep, len(leaves))), [leaf for leaf in leaves if leaf.reward]
-            if right and not any(leaf.reward for leaf in kept):
-                kept[0] = rng.choice(right)
-            advantages = [torch.tensor([R[node] for node in leaf.path()[1:] for _ in node.tokens]) for leaf in kept]
-            samples.append(Sample(root, kept, advantages, 1 / len(kept) / len(groups)))
-        return samples
-    def explore(self) -> dict[str, float]:
-        """Search only: pass rate (some leaf is right), accuracy (share of right leaves), distinct answers by tokens."""
-        rng, counts, shares, distinct = random.Random(self.args.seed), Counter(), [], 0
-        for i in tqdm(range(0, len(self.held_out), self.args.prompts), "search", unit="batch"):
-            for problem, root in self.search(self.held_out[i : i + self.args.prompts], rng, counts):
-                leaves = root.leaves()
-                shares.append(sum(leaf.reward for leaf in leaves) / len(leaves))
-                distinct += len({meaning(self.answer(problem, leaf)[1], problem.latex) for leaf in leaves} - {None})
-        passed, n, tokens = sum(map(bool, shares)), len(shares), counts["generated_tokens"]
-        return {"event": "search", "step": 0, "problems": n, "pass_rate": passed / n, "accuracy": sum(shares) / n,
-                "generated_tokens": tokens, "distinct_answers_per_1000_tokens": 1000 * distinct / tokens}
-    def picture(self, groups, samples: list[Sample]) -> tuple[str, str]:
-        """("tree.md", Mermaid): a prompt's trees, their segments in green or red by the sign of R(s)."""
-        mixed = [i for i, item in enumerate(samples) if len({leaf.reward for leaf in item.root.leaves()}) > 1] or [0]
-        problem, root = groups[mixed[0]]
-        nodes, R, name = root.below(), self.process_rewards(root), "A" if self.args.method == "chainrl" else "R(s)"
-        words = [problem.text, *(self.text(node.tokens) for node in nodes[1:])]
-        ends, kept = {None: "", 0.0: ", wrong", 1.0: ", right"}, samples[mixed[0]].leaves
-        notes = [f"{name} = {R[node]:+.2f}{ends[node.reward]}" + ", not kept" * (not node.children and node not in kept)
-                 for node in nodes[1:]]
-        return "tree.md", mermaid(nodes, words, ["", *notes], [R[node] for node in nodes])
 
+    def answer_at(self, problem: Problem, leaf: Node) -> int:
+        """The number of the solution's token that begins its final answer."""
+        tokens = self.solution(leaf)
+        start, _ = final_answer(self.text(tokens), problem.latex)
+        low, high = 0, len(tokens)
+        while low < high:  # the first token with which the text gets longer than `start`
+            middle = (low + high) // 2
+            if len(self.text(tokens[: middle + 1])) > start:
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def play(self, draws: tuple, starts: list[tuple], keep: bool = False) -> None:
+        """For each (problem, node, tree) a branch; its reward is 1 if it ends within the limits and
+        is right, or 0. draws: generator, temperature, top-p and a Counter, as sample takes them.
+        keep: may the branch be forked?"""
+        context = self.model.config.max_position_embeddings
+        nodes, limits = [], []
+        for _, above, tree in starts:
+            nodes.append(Node(above, tree=tree))
+            path = above.path()
+            limits.append(min(self.args.max_tokens - length(path[1:]), context - length(path)))
+        sample(self.model, nodes, limits, lambda tokens: False, self.eos, *draws, keep=keep)
+        for (problem, *_), node in zip(starts, nodes):
+            _, answer = final_answer(self.text(self.solution(node)), problem.latex)
+            node.reward = float(node.tokens[-1] in self.eos and is_right(answer, problem))
+
+
+def picture(solver: Solver, groups: list[Group]) -> str:
+    """The trees of a prompt, whose rewards differ if possible, their segments in green or red by
+    the sign of R(s)."""
+    mixed = [g for g in groups if len({leaf.reward for leaf in g.root.leaves()}) > 1]
+    group = (mixed or groups)[0]
+    R = process_rewards(group.root, solver.args.method)
+    name = "A" if solver.args.method == "chainrl" else "R(s)"
+    nodes = group.root.below()
+    notes = [""]
+    for node in nodes[1:]:
+        note = f"{name} = {R[node]:+.2f}"
+        if not node.children:
+            note += ", right" if node.reward else ", wrong"
+            note += "" if node in group.leaves else ", not kept"
+        notes.append(note)
+    prompt = solver.text(group.root.tokens[-60:])
+    words = [prompt, *(solver.text(node.tokens) for node in nodes[1:])]
+    return mermaid(nodes, words, notes, [R[node] for node in nodes])
+
+
+# -------------------------------------------------------------------------- built-in problems, data
 OPS = [f"{sign}{n}" for sign in "+-" for n in range(1, 6)] + [f"*{n}" for n in range(2, 6)]
+
+
 def result(value: int, op: str) -> int:
     return (value * int(op[1:]) if op[0] == "*" else value + int(op)) % 11
 
+
 def make_problem(rng: random.Random, ops: int, held_out: bool) -> Problem:
-    """A calculation modulo 11, from the left to the right, of 5 to `ops` operations. A fifth of all is held out."""
+    """A calculation modulo 11, from the left to the right, of 5 to `ops` operations. A fifth of all
+    is held out."""
     while True:
         start, steps = rng.randrange(11), [rng.choice(OPS) for _ in range(rng.randint(5, ops))]
         text = f"Modulo 11, from {start}: {' '.join(steps)}\n"
         if (random.Random(text).random() < 0.2) == held_out:
             return Problem(text, str(functools.reduce(result, steps, start)))
 
+
 def demonstration(problem: Problem, rng: random.Random) -> str:
-    """The solution of one who has learned some products wrong: each has a rate of its own, from 0.1 to 0.9, at which a
-    wrong value, always the same, is given for it. So much of what this teaches is wrong, for reward to mend."""
-    lines, (value, *steps) = [], re.findall(r"(?<=from )\d+|[-+*]\d", problem.text)
+    """The solution of one who has learned some products wrong: each has a rate of its own, from 0.1
+    to 0.9, at which a wrong value, always the same, is given for it. So much of what this teaches
+    is wrong, for reward to mend."""
+    lines = ""
+    value, *steps = re.findall(r"(?<=from )\d+|[-+*]\d", problem.text)
     for step in steps:
         fact = random.Random(f"{value}{step}")
-        rate, wrong = fact.uniform(0.1, 0.9), (result(int(value), step) + fact.randrange(1, 11)) % 11
-        found = wrong if step[0] == "*" and rng.random() < rate else result(int(value), step)
-        lines, value = [*lines, f" {value} {step} = {found}\n"], found
-    return "".join(lines) + f"#### {value}"
+        found = result(int(value), step)
+        rate, wrong = fact.uniform(0.1, 0.9), (found + fact.randrange(1, 11)) % 11
+        if step[0] == "*" and rng.random() < rate:
+            found = wrong
+        lines += f" {value} {step} = {found}\n"
+        value = found
+    return lines + f"#### {value}"
+
+
+def built_in_model(args, device: torch.device):
+    """The tiny model, warm-started on demonstrations of the built-in task."""
+    # What decides a line's result is in two tokens.
+    words = [*OPS, *(f"{op} =" for op in OPS), *map(str, range(11))]
+    tokens = [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"]
+    model, tokenizer = tiny_model(tokens, device, args.seed)
+    rng, paths = random.Random(f"{args.seed}/demonstrations"), []
+    for _ in range(32 * args.sft_steps):  # 32 for each step
+        problem = make_problem(rng, args.ops, False)
+        root = prompt_root(model, tokenizer, problem.text)
+        written = encode(tokenizer, demonstration(problem, rng)) + [tokenizer.eos_token_id]
+        paths.append(Node(root, written, [0.0] * len(written)).path())
+    warm_start(model, paths, args)
+    return model, tokenizer
+
 
 def read_problems(path: str) -> list[Problem]:
-    """GSM8K (question; answer ending in #### 42), MATH and MATH-500 (problem or Question; answer or Answer, or a
-    solution with \\boxed{...}), JSON lines or a list. BadInput names the file and the line, or the missing package."""
-    def parse(record: dict) -> list[Problem]:
-        latex = "question" not in record
-        text = record.get("problem", record.get("Question")) if latex else record["question"]
+    """GSM8K (question; answer ending in #### 42), MATH and MATH-500 (problem or Question; answer or
+    Answer, or a solution with \\boxed{...}), JSON lines or a list."""
+
+    def parse(record: dict) -> Problem | None:
         answer = record.get("answer", record.get("Answer"))
-        boxed = final_answer(answer or record["solution"], latex)[1]
-        answer = answer.strip() if boxed is None and latex else boxed
-        if not text.strip() or (boxed is None and not answer if latex else number(answer) is None):
-            raise ValueError
-        return [Problem(text, answer, latex)] if answer else []  # MATH has some with an empty box
-    found = read_records(path, parse, "GSM8K (question, answer ending in ####) or MATH (problem, answer or solution)")
+        if "question" in record:
+            _, answer = final_answer(answer, latex=False)
+            if number(answer) is None or not record["question"].strip():
+                raise ValueError("its answer is no number, or there is no question")
+            return Problem(record["question"], answer)
+        text = record.get("problem", record.get("Question"))
+        if not text.strip():
+            raise ValueError("there is no problem")
+        _, boxed = final_answer(answer or record["solution"], latex=True)
+        if boxed is None and not answer:
+            raise ValueError("its solution has no answer in a box")
+        answer = answer.strip() if boxed is None else boxed
+        return Problem(text, answer, latex=True) if answer else None  # some boxes of MATH are empty
+
+    wanted = "GSM8K (question, answer ending in ####) or MATH (problem, answer or solution)"
+    found = read_records(path, parse, wanted)
     if any(problem.latex for problem in found) and not importlib.util.find_spec("math_verify"):
-        raise BadInput(f"--data {path}: its answers are compared by a package; pip install math-verify")
+        raise BadInput(f"--data {path}: its answers need a package; pip install math-verify")
     return found
 
 
-def read_records(path: str, parse, wanted: str) -> list:
-    """The items that parse(record) lists for each record of a file, a JSON list or JSON lines.
-    BadInput names the file, and the line of a record that is no JSON or that parse fails on;
-    `wanted` says what such a record should be."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").rstrip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(
-            f"--data {path}: {getattr(error, 'strerror', 'not UTF-8 text')}; give a data file"
-        ) from None
-    found, start, at, end = [], 0, 0, len(text)
-    between = re.compile(r"[\s,]*")
-    if text.lstrip()[:1] == "[":
-        at, end = text.index("[") + 1, len(text) - text.endswith("]")
-    try:
-        while (start := between.match(text, at).end()) < end:  # one by one, to know their lines
-            record, at = json.JSONDecoder().raw_decode(text, start)
-            found += parse(record)
-        if end == len(text) and text.lstrip()[:1] == "[":
-            raise json.JSONDecodeError("the list is not closed", text, end)
-    # JSON's own error is a ValueError.
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        line = getattr(error, "lineno", text.count("\n", 0, start) + 1)
-        raise BadInput(
-            f"--data {path}, line {line}: this is no whole JSON record of {wanted}"
-        ) from None
-    if len(found) < 2:
-        raise BadInput(
-            f"--data {path}: {len(found)} records of use; give two or more, as one is held out"
-        )
-    return found
-
-
-def batch_of(data: list, step: int, args) -> list:
-    """A training step's part of the data, or [] if there is none. Each pass over it has an order of
-    its own."""
-    numbers, n = range(step * args.prompts, (step + 1) * args.prompts), len(data)
-    orders = {
-        e: random.Random(f"{args.seed}/{e}/data").sample(range(n), n)
-        for e in {i // n for i in numbers if n}
-    }
-    return [data[orders[i // n][i % n]] for i in numbers if n]
-
-
+# ---------------------------------------------------------------------------------- models and runs
 def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
     text = text.encode("utf-8", "replace").decode()
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """The tokens that end a text, or a turn of a chat."""
+    eos = model.generation_config.eos_token_id
+    known = eos if isinstance(eos, list) else [eos]
+    return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
+
+
+# Kinds of models for which the tests compare sampler and trainer with plain forwards.
+KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+
+
+def load_model(path: str, device: torch.device, flag: str = "--model"):
+    """A causal LM of a kind in KINDS whose layers all attend to everything before, and its
+    tokenizer, from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for
+    weights that do not fit the model, which would be random numbers instead."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model, info = AutoModelForCausalLM.from_pretrained(path, **how)
+        if not tokenizer("a")["input_ids"]:
+            raise ValueError("the tokenizer is missing")
+        if wrong := {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}:
+            raise ValueError(f"its weights do not fit: {wrong}")
+        kind = model.config.model_type
+        layers = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
+        if getattr(model.config, "sliding_window", None):
+            layers.add("sliding_attention")
+        if kind not in KINDS or layers != {"full_attention"}:
+            wanted = f"one of {', '.join(KINDS)} with full attention"
+            raise ValueError(f"it is {kind} with {', '.join(sorted(layers))}, not {wanted}")
+    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
+        raise BadInput(f"{flag} {path}: no model that can be used ({str(error)[:200]})") from None
+    return model.to(device).eval(), tokenizer
+
+
+def quiet_transformers() -> None:
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers import AttentionInterface, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    enable_progress_bars()  # of downloads, which the line above switches off as well
+    AttentionInterface.register("token_tree", token_tree)
+
+
+def policy_and_reference(args, model, start: str):
+    """The model that samples, on CUDA a copy in bfloat16, else `model` itself; and the KL term's
+    reference, the model of the folder or hub id `start`, or None."""
+    # cuDNN's attention would plan, up to a second, for every new shape.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
+        old_name = model.gradient_checkpointing_enable
+        enable = getattr(model, "activation_checkpointing_enable", old_name)
+        enable({"use_reentrant": False})
+    reference = load_model(start, model.device)[0].requires_grad_(False) if args.kl_coef else None
+    if args.dtype == "float32":
+        return model, reference
+    policy = copy.deepcopy(model)
+    for parameter in policy.parameters():  # not the buffers: RoPE needs float32
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return policy, reference
+
+
+def tiny_model(words: list[str], device: torch.device, seed: int):
+    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
+    given words."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+
+    quiet_transformers()
+    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
+    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
+    tokenizer.add_tokens(words)
+    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
+    # At the usual initializer_range, 0.02, so small a model does not leave its plateau.
+    config = Qwen2Config(**size, **heads, **room, initializer_range=0.08)
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(config)
+    model.set_attn_implementation("token_tree")
+    return model.to(device).eval(), tokenizer
+
+
+def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
+    """Supervised steps on demonstrations (paths to a leaf): a policy gradient with advantage 1 is
+    imitation."""
+    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    parts = batches(paths, max(1, len(paths) // max(1, args.sft_steps)))
+    for step, part in enumerate(tqdm(parts, "warm start", unit="step")):
+        slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
+        optimizer.param_groups[0]["lr"] = lr * slope
+        groups = [Group(path[0], path[-1:], torch.ones(1, 1), 1 / len(part)) for path in part]
+        update(model, None, optimizer, groups, args)
+
+
+def resume_run(args, given: set[str]):
+    """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
+    folder, and its state. BadInput if there is none, or if other arguments are given."""
+    try:
+        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        if state["script"] != Path(__file__).name:
+            raise ValueError(f"it is a run of {state['script']}")
+        saved = type(args)(**state["args"])
+    except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
+        raise BadInput(f"--resume {args.resume}: no run to continue ({error!r})") from None
+    changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
+    if extra := given - changeable - {"resume"}:
+        flag = min(extra).replace("_", "-")
+        raise BadInput(f"--{flag}: a run that is continued keeps its own; leave it out")
+    changed = {name: getattr(args, name) for name in given & changeable}
+    changed |= {"out": args.resume, "resume": args.resume}
+    return dataclasses.replace(saved, **changed), str(folder), state
+
+
+def new_optimizer(model, args, state: dict | None):
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    return optimizer
+
+
+def save_model(folder: Path, model, tokenizer) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
+    """The state after `step` steps, renamed when whole; random states and the place in the data
+    follow from step."""
+    folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    save_model(temporary, model, tokenizer)
+    state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
+    state["metrics"] = (out / "metrics.jsonl").stat().st_size
+    torch.save(state | {"optimizer": optimizer.state_dict()}, temporary / "state.pt")
+    temporary.rename(folder)
+    for old in set(out.glob("checkpoint-*")) - {folder}:
+        shutil.rmtree(old)
+
+
+class Log:
+    """metrics.jsonl, of which the first `size` bytes are kept, and the run of --log."""
+
+    def __init__(self, args, size: int):
+        self.path = Path(args.out, "metrics.jsonl")
+        self.path.touch()
+        os.truncate(self.path, size)
+        self.tracker = importlib.import_module(args.log) if args.log else None
+        if self.tracker:
+            self.tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
+
+    def __call__(self, event: str, step: int, row: dict) -> None:
+        row = {"event": event, "step": step, **row}
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.tracker:
+            self.tracker.log(row, step=step)
+        if event == "eval":
+            shown = f"{row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy"
+            tqdm.write(f"step {step}: held-out success {shown}")
+
+
+def catch_signals() -> list:
+    """The first Ctrl-C or SIGTERM from now on is added to this list; a second one ends the process,
+    which does no harm: a run goes on from its last checkpoint."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        tqdm.write("stopping after this step", file=sys.stderr)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, catch)
+    return caught
+
+
+def copy_weights(model, policy) -> None:
+    if policy is not model:
+        for copied, master in zip(policy.parameters(), model.parameters()):
+            copied.data.copy_(master.data)
+
+
+def peak_gb(device: torch.device) -> float | None:
+    """The most memory in use since the last call; None if that is not known."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def mermaid_text(text: str) -> str:
+    """A text as part of a Mermaid label."""
+    words = " ".join(text.split())[:160]
+    return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in words)
+
+
+def evaluate(actor) -> dict[str, float]:
+    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
+    greedily."""
+    row = {}
+    for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
+        generator, solved = torch.Generator(actor.model.device).manual_seed(0), 0
+        for part in tqdm(batches(actor.held_out, actor.args.at_once), name, leave=False, delay=1):
+            starts = [(task, actor.root(task), 0) for task in part]
+            actor.play((generator, temperature, 1.0, Counter()), starts)
+            solved += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
+        row[name] = solved / len(actor.held_out)
+    return row
+
+
+def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list) -> str:
+    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by
+    its value's sign; white without a value."""
+    lines = ["```mermaid", "flowchart TD"]
+    for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
+        color = "fff"
+        if value is not None:
+            color = "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
+        label = "<br>".join(filter(None, [mermaid_text(text), note]))
+        lines += [f'    n{i}["{label}"]', f"    style n{i} fill:#{color},color:#000"]
+        if i > 0:
+            trunk = f"|tree {node.tree + 1}|" if node.parent is nodes[0] else ""
+            lines.append(f"    n{nodes.index(node.parent)} -->{trunk} n{i}")
+    return "\n".join([*lines, "```", ""])
+
+
+def read_records(path: str, parse, wanted: str) -> list:
+    """parse(record), unless it is None, of each record of a file, a JSON list or JSON lines.
+    BadInput names the file, and the record that is no JSON or that parse fails on."""
+    found, number = [], 0
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig").strip()
+        if text[:1] == "[":
+            records = json.loads(text)
+        else:
+            records = [line for line in text.split("\n") if line.strip()]
+        for number, record in enumerate(records, 1):
+            item = parse(json.loads(record) if isinstance(record, str) else record)
+            if item is not None:
+                found.append(item)
+    except Exception as error:  # noqa: BLE001 (a file may hold anything)
+        where = f"record {number}: " if number else ""
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
+        raise BadInput(f"--data {path}: {where}want JSON of {wanted} ({reason})") from None
+    if len(found) < 2:
+        raise BadInput(f"--data {path}: want two records of use or more, as one is held out")
+    return found
+
+
+def split_data(items: list, most: int) -> tuple[list, list]:
+    """To train on, and held out: a fifth, rounded up, at most so many; the same for every seed."""
+    items = random.Random(0).sample(items, len(items))
+    held_out = min(most, -(-len(items) // 5))
+    return items[held_out:], items[:held_out]
+
+
+def batch_of(data: list, step: int, args) -> list:
+    """A training step's part of the data, in an order of its own in each pass over it."""
+    batch, orders = [], {}
+    for i in range(step * args.prompts, (step + 1) * args.prompts):
+        epoch, place = divmod(i, len(data))
+        if epoch not in orders:
+            orders[epoch] = random.Random(f"{args.seed}/{epoch}/data").sample(data, len(data))
+        batch.append(orders[epoch][place])
+    return batch
 
 
 def prompt_root(model, tokenizer, text: str) -> Node:
@@ -1173,455 +1381,158 @@ def prompt_root(model, tokenizer, text: str) -> Node:
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    root = Node()
-    root.add(encode(tokenizer, text))
+    root = Node(tokens=encode(tokenizer, text))
     if len(root.tokens) >= context:
-        raise BadInput(
-            f"--model: a context of {context} tokens is too short for {text[-60:]!r}; take another"
-        )
+        raise BadInput(f"--model: a context of {context} tokens is too short for {text[-60:]!r}")
     return root
 
 
-def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """A causal LM whose layers all attend to everything before, by token_tree, and its tokenizer,
-    from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for weights
-    that do not fit the model, which would be random numbers instead."""
-    from huggingface_hub.utils import enable_progress_bars
-    from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, logging
+# -------------------------------------------------------------------------------- command line
+class BadInput(ValueError):
+    """What the user gave cannot be used: the script prints this as one line and exits with 2."""
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    enable_progress_bars()  # of downloads, which the line above switches off as well
-    AttentionInterface.register("token_tree", token_tree)
-    how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
+
+def arg(default, help: str, choices: tuple | None = None):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Args:
+    model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built here)")
+    data: str = arg("", "GSM8K, MATH or MATH-500 file (default: built-in problems)")
+    method: str = arg("treerl", "chainrl: M chains, leave-one-out", choices=("treerl", "chainrl"))
+    M: int = arg(6, "independent chains per prompt, each the trunk of a tree")
+    N: int = arg(2, "places forked per tree and round")
+    L: int = arg(1, "rounds of forking")
+    T: int = arg(2, "new branches per fork")
+    keep: int = arg(16, "leaves per prompt trained on, at random, a right one among them")
+    steps: int = arg(60, "training steps")
+    prompts: int = arg(16, "prompts per step")
+    at_once: int = arg(128, "most prompts sampled together: fewer need less memory")
+    epochs: int = arg(1, "gradient steps per batch")
+    lr: float = arg(0.0, "learning rate (default: 1.5e-6 with --model, 5e-4 without)")
+    warmup: int = arg(10, "steps of linear learning rate warm-up")
+    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (1 if --epochs is 1)")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    kl_coef: float = arg(0.0, "beta, weight of the KL to the starting model (0: none)")
+    temperature: float = arg(1.2, "of the draws in the search")
+    top_p: float = arg(0.95, "nucleus of the draws in the search")
+    max_tokens: int = arg(0, "most tokens of a solution (default: 8192 with --model)")
+    ops: int = arg(8, "most operations of built-in problems, 5 or more")
+    sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
+    eval_prompts: int = arg(200, "held-out problems (of --data a fifth at most)")
+    eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
+    save_every: int = arg(10, "steps between checkpoints")
+    micro_tokens: int = arg(16384, "most tokens per forward (a prompt's tree is never split)")
+    grad_checkpointing: bool = arg(False, "recompute activations: less memory, more time")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
+    dtype: str = arg("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
+    seed: int = arg(0, "of everything random")
+    log: str = arg("", "log to trackio or wandb as well", choices=("trackio", "wandb"))
+    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    resume: str = arg("", "folder of a run to continue (--steps, --lr ... may be changed)")
+
+
+# Names of arguments of all three scripts.
+MAY_BE_0 = "N L steps warmup sft_steps clip_low clip_high kl_coef gamma".split()
+MAY_BE_0 += "beta_graph beta_episode invalid_penalty kept_tokens".split()
+AT_MOST_1 = ("top_p", "omega", "gamma")
+
+
+def parse_args(cls, argv: list[str]):
+    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
+    one line if it is none."""
+
+    def fail(message):
+        raise BadInput(f"{message} (--help lists the arguments)")
+
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.error = fail
+    for f in dataclasses.fields(cls):
+        flag, how, shown = "--" + f.name.replace("_", "-"), {}, f.metadata["help"]
+        if f.default is False:
+            how = {"action": "store_true"}
+        else:
+            how = {"type": type(f.default), "choices": f.metadata["choices"]}
+            shown += f" (default: {f.default})" if f.default else ""
+        parser.add_argument(flag, help=shown, **how)
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, (int, float)):
+            least_0 = name in MAY_BE_0 or not getattr(cls, name)
+            most = 1 if name in AT_MOST_1 else 1e15
+            if not (0 <= value if least_0 else 0 < value) or not value <= most:
+                fail(f"--{name.replace('_', '-')} {value}: out of range")
+    args = cls(**given)
+    if args.log and not importlib.util.find_spec(args.log):
+        fail(f"--log {args.log}: pip install {args.log}")
+    return args, set(given)
+
+
+def pick_device(args) -> torch.device:
+    name = args.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        model, info = AutoModelForCausalLM.from_pretrained(path, **how)
-        if not tokenizer("a")["input_ids"]:
-            raise ValueError("the tokenizer is missing")
-    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
-        reason = f"no model and tokenizer to be loaded there ({str(error)[:150]})"
-        raise BadInput(f"{flag} {path}: {reason}") from None
-    for kind in ("missing", "unexpected", "mismatched"):
-        if names := info[f"{kind}_keys"]:
-            reason = f"weights are {kind}: {len(names)}, such as {min(map(str, names))}"
-            raise BadInput(f"{flag} {path}: {reason}; give a whole checkpoint")
-    kinds = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-    if getattr(model.config, "sliding_window", None):
-        kinds.add("sliding_attention")
-    if others := " and ".join(sorted(kinds - {"full_attention"})):
-        reason = f"its {others} keeps no keys and values that branches could share"
-        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
-    model = model.to(device).eval()
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except Exception:  # noqa: BLE001 (each backend fails in its own way)
+        raise BadInput(f"--device {name}: not available here; leave it out") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
+    elif not args.model and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # the tiny model gains little by two
+    if args.dtype == "auto":
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
+    return device
+
+
+def make_folder(args) -> Path:
+    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    out = Path(args.out)
     try:
-        gap = engine_gap(model)
-    except Exception as error:  # noqa: BLE001 (it is not built as a Qwen or a Llama is)
-        gap = f"{type(error).__name__}: {str(error)[:100]}"
-    if not isinstance(gap, float) or not gap < 1e-3:
-        reason = f"with shared keys and values its log-probs are others ({gap})"
-        raise BadInput(f"{flag} {path}: {reason}; take a Qwen2.5 or Qwen3")
-    return model, tokenizer
-
-
-@torch.no_grad()
-def engine_gap(model) -> float:
-    """How far the log-probs of the sampler and of the packed trainer are from those that the model
-    gives by an attention of transformers, for a few tokens."""
-    root = Node()
-    root.add([i % model.config.vocab_size for i in range(8)])
-    leaf, how = Node(root), (lambda tokens: False, set(), None, 0.0, 1.0, Counter())
-    sample(model, [leaf], [4], *how, keep=False)
-    packed = Packed([Sample(root, [leaf], [], 1.0)], model.device)
-    ours = torch.tensor([leaf.logps, packed_logps(model, packed).tolist()])
-    model.set_attn_implementation("eager")
-    ids = torch.tensor([root.tokens + leaf.tokens], device=model.device)
-    logps = model(ids, use_cache=False).logits[0, 7:-1].log_softmax(-1)
-    model.set_attn_implementation("token_tree")
-    return (ours - logps.gather(-1, ids[0, 8:, None])[:, 0].cpu()).abs().max().item()
-
-
-def in_bfloat16(model):
-    """The model with its parameters in bfloat16; not its buffers, as RoPE needs float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
-def linear_in_bfloat16(model):
-    """The model with those weights in bfloat16 that autocast would cast at each step; the head's
-    may be the embedding's, which it does not cast."""
-    for module in model.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.to(torch.bfloat16)
-    return model
-
-
-def memory_needed(
-    model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int
-) -> float:
-    """About how many GB a run takes at its peak if all rollouts get as long as they may.
-
-    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
-    their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
-    c, size = model.config, 2 if args.dtype == "bfloat16" else 4
-    W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
-    groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
-    parameters = sum(p.numel() for p in model.parameters())
-    copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
-    weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
-
-    kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
-    room = 33
-    while room <= tokens:  # as Lanes.make_room does
-        room += 1 + max(64, room // 2)
-    sampling = kv * (2 * prompts * prompt + lanes * room + leaves * tokens)
-    sampling += 16 * min(MOST_SCORES, lanes * heads * tokens)  # pieces, or a token at a time
-    sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
-
-    packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
-    layer = 58 * W + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token for backward
-    if args.grad_checkpointing:
-        layer = layer / layers + 4 * W
-    training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
-    training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
-    training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
-    return (weights + max(sampling, training)) / 1e9 + 0.1  # workspaces
-
-
-def opening(model, args, data: str, **shape: int) -> str:
-    """A run's first line. shape: as memory_needed takes it."""
-    where = model.device.type
-    where = torch.cuda.get_device_name(model.device) if where == "cuda" else where
-    parameters = sum(p.numel() for p in model.parameters())
-    gb = memory_needed(model, args, **shape)
-    return f"{parameters:,} parameters, {where}, {args.dtype}; {data}; at most about {gb:.1f} GB"
-
-
-def save_tiny_model(folder: Path, tokens: list[str], seed: int) -> None:
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
-    given `tokens`."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, logging
-
-    logging.disable_progress_bar()
-    tokenizer = Qwen2Tokenizer(
-        {t: i for i, t in enumerate(["<|endoftext|>", *sorted(ByteLevel.alphabet())])}, []
-    )
-    tokenizer.add_tokens(tokens)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-        eos_token_id=0,
-        initializer_range=0.08,  # at the usual 0.02 so small a model does not leave its plateau
-    )
-    torch.manual_seed(seed)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on all demonstrations (paths to a leaf): a policy gradient with advantage 1
-    is imitation."""
-    n = len(paths) // max(1, args.sft_steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    for step in tqdm(range(args.sft_steps), "warm start", unit="step"):
-        optimizer.param_groups[0]["lr"] = lr * min(
-            1, (step + 1) / 20, (1 - step / args.sft_steps) / 0.3
-        )
-        samples = [
-            Sample(path[0], path[-1:], [torch.ones(())], 1 / n)
-            for path in paths[n * step : n * (step + 1)]
-        ]
-        update(model, None, optimizer, samples, dataclasses.replace(args, kl_coef=0.0, epochs=1))
-
-
-def calculator_model(args, device: torch.device, folder: Path):
-    """The tiny model, warm-started on demonstrations of the built-in task. It is left in `folder`."""
-    words = [*OPS, *(f"{op} =" for op in OPS), *map(str, range(11))]  # what decides a line's result is in two tokens
-    temporary = folder.with_suffix(".tmp")  # until it is warm-started
-    save_tiny_model(temporary, [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"], args.seed)
-    model, tokenizer = load_model(str(temporary), device)
-    rng, paths = random.Random(f"{args.seed}/demonstrations"), []
-    for _ in range(32 * args.sft_steps):  # 32 for each step
-        problem = make_problem(rng, args.ops, False)
-        node = Node(prompt_root(model, tokenizer, problem.text))
-        node.add([*encode(tokenizer, demonstration(problem, rng)), tokenizer.eos_token_id], sampled=True)
-        paths.append(node.path())
-    warm_start(model, paths, args)
-    model.save_pretrained(temporary)
-    temporary.rename(folder)
-    return model, tokenizer
-# -------------------------------------------------------------------------------------------------- the training loop
-def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, renamed when whole; random states and the place in the data
-    follow from step."""
-    folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    torch.save(
-        {
-            "script": Path(__file__).name,
-            "step": step,
-            "args": vars(args),
-            "optimizer": optimizer.state_dict(),
-        },
-        temporary / "state.pt",
-    )
-    temporary.rename(folder)
-    for old in set(out.glob("checkpoint-*")) - {folder}:
-        shutil.rmtree(old)
-
-
-def resume_run(args, given: set[str]):
-    """--resume -> (the run's own arguments, its newest checkpoint's folder and state). BadInput if
-    there is no such run, or one that cannot go on like this."""
-    try:
-        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-        script, saved = state["script"], state["args"]
-    except Exception:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(
-            f"--resume {args.resume}: no whole checkpoint there; give an earlier run's folder"
-        ) from None
-    if script != Path(__file__).name:
-        raise BadInput(
-            f"--resume {args.resume}: this is a run of {script}; continue it with that script"
-        )
-    run = (
-        saved
-        | {"out": args.resume, "resume": args.resume}
-        | {n: vars(args)[n] for n in given & {"steps", "device"}}
-    )
-    if differs := [name for name in sorted(given) if getattr(args, name) != run.get(name)]:
-        flag, began = differs[0].replace("_", "-"), run.get(differs[0])
-        raise BadInput(f"--{flag}: this run began with {began!r}; leave it out")
-    return type(args)(**run), str(folder), state
-
-
-def read_metrics(out: Path, last_step: float = math.inf) -> list[dict]:
-    """The rows of metrics.jsonl up to a step, without a line that a killed run left unfinished."""
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    return [
-        row
-        for line in lines
-        if line.endswith("}") and (row := json.loads(line))["step"] <= last_step
-    ]
-
-
-def train(
-    args,
-    state: dict | None,
-    model,
-    policy,
-    reference,
-    tokenizer,
-    rollout,
-    credit,
-    evaluate,
-    picture,
-) -> None:
-    """The loop of all three scripts. What a method does in its own way comes in as functions:
-    rollout(step) -> (groups, what to log), credit(step, groups) -> samples for the loss,
-    evaluate() -> what to log, picture(groups, samples) -> (file name, Mermaid). `policy` samples:
-    `model`, or its copy in bfloat16. state: a checkpoint's; None: a new run."""
-    out, first, interrupts = Path(args.out), state["step"] if state else 0, []
-    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
-
-    def log(*rows: dict, name: str = "metrics.jsonl", mode: str = "a") -> None:
-        with open(out / name, mode) as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
-    def measure(step: int) -> None:
-        row = {"event": "eval", "step": step, **evaluate()}
-        log(row)
-        sampled, greedy = row["success"], row["greedy_success"]
-        tqdm.write(f"step {step}: held-out success {sampled:.3f} sampled, {greedy:.3f} greedy")
-
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        log(*read_metrics(out, first), name="metrics.tmp", mode="w")
-        (out / "metrics.tmp").replace(out / "metrics.jsonl")
-    else:
-        log()  # the file is there before the checkpoint
-        save_checkpoint(out, 0, model, tokenizer, optimizer, args)
-    if not read_metrics(out):
-        measure(0)
-    bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
-
-    def interrupted(*signalled) -> None:
-        """Ctrl-C: finish the step, save and exit; by a second one exit at once."""
-        if interrupts:
-            signal.default_int_handler(*signalled)
-        interrupts.append(signalled)
-        bar.set_description("stopping")
-
-    before = signal.signal(signal.SIGINT, interrupted)
-    for step in bar:
-        if model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(model.device)
-        began = time.perf_counter()
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / max(1, args.warmup))
-        groups, row = rollout(step)
-        samples = credit(step, groups)
-        sampled = time.perf_counter()
-        row.update(update(model, reference, optimizer, samples, args), lr=lr)
-        if policy is not model:
-            for copied, master in zip(policy.parameters(), model.parameters()):
-                copied.data.copy_(master.data)
-        ended = time.perf_counter()
-        row["seconds"] = ended - began
-        row["seconds_sampling"], row["seconds_training"] = sampled - began, ended - sampled
-        row["peak_gb"] = None  # known on CUDA only
-        if model.device.type == "cuda":
-            row["peak_gb"] = torch.cuda.max_memory_allocated(model.device) / 1e9
-        log({"event": "train", "step": step + 1, **row})
-        name, text = picture(groups, samples)
-        (out / name).write_text(text, encoding="utf-8", errors="replace")
-        speed = row["generated_tokens"] / row["seconds"]
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        last = step + 1 == args.steps
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            measure(step + 1)
-        if last or interrupts or (step + 1) % args.save_every == 0:
-            save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
-        if interrupts and not last:
-            bar.close()
-            raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
-    signal.signal(signal.SIGINT, before)
-    if read_metrics(out)[-1]["event"] == "train":
-        measure(max(first, args.steps))
-    model.save_pretrained(out / "final")
-    tokenizer.save_pretrained(out / "final")
-
-
-def held_out_success(agent) -> dict[str, float]:
-    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
-    greedily."""
-    right, n, tasks = Counter(), agent.args.eval_batch, agent.held_out
-    bar = tqdm(total=2 * len(tasks), desc="evaluation", unit="task", leave=False, delay=1)
-    for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
-        generator = torch.Generator(agent.model.device).manual_seed(0)
-        for i in range(0, len(tasks), n):
-            starts = [(task, agent.root(task), 0) for task in tasks[i : i + n]]
-            agent.play(starts, generator, temperature, 1.0, Counter())
-            right[name] += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-            bar.update(len(starts))
-    bar.close()
-    return {name: solved / len(tasks) for name, solved in right.items()}
-
-
-def mermaid(
-    nodes: list[Node], words: list[str], notes: list[str], values: list[float | None]
-) -> str:
-    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by
-    its value's sign."""
-    lines = ["```mermaid", "flowchart TD"]
-    for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
-        text = "".join(
-            f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c
-            for c in " ".join(text.split())[:160]
-        )
-        color = (
-            "fff" if value is None else "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
-        )
-        lines += [
-            f'    n{i}["{text}{note and "<br>" + note}"]',
-            f"    style n{i} fill:#{color},color:#000",
-        ]
-        trunk = f"|tree {node.tree + 1}|" * (node.parent is nodes[0])
-        lines += [f"    n{nodes.index(node.parent)} -->{trunk} n{i}"] if i else []
-    return "\n".join([*lines, "```", ""])
-
-
-def summary(out: Path, *counted: str) -> str:
-    """The closing lines of a run, from its metrics; `counted` are the columns to add up."""
-    evals, steps = (
-        [row for row in read_metrics(out) if row["event"] == event] for event in ("eval", "train")
-    )
-    gains = (
-        f"{evals[0][name]:.3f} -> {evals[-1][name]:.3f} {words}"
-        for name, words in (("success", "sampled (T = 1)"), ("greedy_success", "greedy"))
-    )
-    totals = ", ".join(
-        f"{sum(row[name] for row in steps):,} {name.replace('_', ' ')}" for name in counted
-    )
-    return (
-        f"held-out success {', '.join(gains)}\n{len(steps)} steps, {totals}, "
-        f"{sum(row['seconds'] for row in steps):.0f} s of training\nmodel in {out / 'final'}"
-    )
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
+    if not args.resume and any(out.iterdir()):
+        raise BadInput(f"--out {out}: is not empty; choose another folder, or --resume the run")
+    return out
 
 
 def main(argv: list[str]) -> None:
     args, given = parse_args(Args, argv)
-    folder, state = args.model, None
-    if "resume" in given:
-        args, folder, state = resume_run(args, given)
-    try:
-        name = args.device if args.device != "auto" else "cuda:0" if torch.cuda.is_available() else "cpu"
-        torch.zeros(1, device=(device := torch.device(name))).item()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {args.device}: not to be had here; try cpu, or leave it out") from None
-    if device.type == "cpu" and not args.model and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the tiny model gains little by two, and beside other work they wait for each other
-    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    args.dtype = args.dtype if args.dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    weights, state = args.model, None
+    if args.resume:
+        args, weights, state = resume_run(args, given)
+    if args.method == "chainrl":
+        args.N = 0
+    if args.ops < 5:
+        raise BadInput(f"--ops {args.ops}: give 5 or more")
+    if args.data and not weights:
+        raise BadInput("--data: the tiny model knows the built-in problems only; give --model")
+    device = pick_device(args)
     args.lr = args.lr or (1.5e-6 if args.model else 5e-4)
     args.max_tokens = args.max_tokens or (8192 if args.model else 8 * args.ops)
-    out = Path(args.out)
-    rng = random.Random(0)  # the same held-out problems for every seed; new built-in ones to train on at every step
-    held_out = [] if args.data else [make_problem(rng, args.ops, True) for _ in range(args.eval_prompts)]
-    training = read_problems(args.data) if args.data else []
-    if training and not folder:
-        raise BadInput("--data: the tiny model knows the built-in problems only; give --model as well")
-    rng.shuffle(training)
-    while len(held_out) < args.eval_prompts and len(training) > (0 if args.eval_only else 4 * len(held_out)):
-        held_out.append(training.pop())  # a fifth, rounded up; or, if nothing is to be trained on, as many as there are
-    if folder:
-        model, tokenizer = load_model(folder, device, "--resume" if state else "--model")
+    if args.data:
+        training, held_out = split_data(read_problems(args.data), args.eval_prompts)
+    else:
+        rng, training = random.Random(0), []  # the same held-out problems for every seed
+        held_out = [make_problem(rng, args.ops, True) for _ in range(args.eval_prompts)]
+    if weights:
+        model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         solver = Solver(model, tokenizer, args, training, held_out)
-        for problem in tqdm(training + held_out, "prompts", unit="prompt", leave=False, delay=1):
+        for problem in tqdm(training + held_out, "prompts", leave=False, delay=1):
             solver.root(problem)  # raises BadInput if a prompt does not fit
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not state and any(out.iterdir()):
-            raise FileExistsError(0, "is not empty")
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder, or --resume a run") from None
-    if not folder:
-        model, tokenizer = calculator_model(args, device, out / "start")
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan, up to a second, for every new shape
-    if args.grad_checkpointing:  # newer versions of transformers call it activation checkpointing
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    reference = load_model(args.model or str(out / "start"), device)[0].requires_grad_(False) if args.kl_coef else None
-    policy = model if args.dtype == "float32" else in_bfloat16(copy.deepcopy(model))
-    if reference is not None and policy is not model:
-        reference = linear_in_bfloat16(reference)
+    out = make_folder(args)
+    if not weights:
+        model, tokenizer = built_in_model(args, device)
+        save_model(out / "start", model, tokenizer)
+    policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     solver = Solver(policy, tokenizer, args, training, held_out)
-    if args.eval_only:
-        (out / "metrics.jsonl").write_text(json.dumps(row := solver.explore()) + "\n")
-        shown = [f"{k.replace('_', ' '):34}{v:{',' if isinstance(v, int) else '.4f'}}" for k, v in [*row.items()][2:]]
-        return print(*shown, f"metrics in {out / 'metrics.jsonl'}", sep="\n")
-    data = f"{len(training) or 'built-in'} problems to train on, {len(held_out)} held out"
-    prompts, N = min(args.prompts, args.at_once), args.N if args.method != "chainrl" else 0
-    print(opening(
-        model, args, data, prompts=max(args.eval_batch, prompts),
-        prompt=max(len(solver.root(problem).tokens) for problem in held_out),
-        lanes=max(args.eval_batch, prompts * args.M * max(1, N * args.T)),
-        leaves=prompts * args.M * (1 + N * args.L * args.T), tokens=args.max_tokens), flush=True)
-    train(args, state, model, policy, reference, tokenizer, solver.rollout, solver.credit,
-          functools.partial(held_out_success, solver), solver.picture)
-    print(summary(out, "generated_tokens", "forwarded_tokens"))
+    what = f"{len(training) or 'built-in'} problems to train on, {len(held_out)} held out"
+    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {what}", flush=True)
+    train(args, model, reference, solver, state)
+
 
 if __name__ == "__main__":
     try:
@@ -1629,9 +1540,10 @@ if __name__ == "__main__":
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (FloatingPointError, torch.OutOfMemoryError) as error:
-        advice = "a lower --lr" if isinstance(error, FloatingPointError) else "less at once (--help)"
-        sys.exit(f"stopped: {error}. What is in the run's folder is kept; try {advice}")
+    except FloatingPointError as error:
+        sys.exit(f"stopped: {error}; go on with --resume and a lower --lr")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"stopped: {error}; begin again with less at once (--help)")
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped; with a checkpoint --resume it, else begin anew in another folder", file=sys.stderr)
+        print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)

@@ -3,6 +3,7 @@
     python benchmarks/default_run.py tree_grpo
     python benchmarks/default_run.py treerl --seeds 0 1 2 --controls 1
     python benchmarks/default_run.py graph_gpo
+    python benchmarks/default_run.py collapse      tree_grpo.py, and the same with 12 times its learning rate
 
 Arms: the method's own is `python <script>.py --seed S`. "supervised" spends the time of the reinforcement learning on
 more supervised steps on the same kind of demonstrations instead. "shuffled" is the method without its information: as
@@ -10,110 +11,176 @@ many steps, but in tree_grpo the advantages of each prompt are dealt out at rand
 rewards are, before R(s) is computed from them, and in graph_gpo the advantages of each task's steps among these; so it
 must not learn.
 Prints a Markdown table of held-out success: each seed, mean and standard deviation over the seeds, and the range.
+
+"collapse" keeps each run of results/collapse.jsonl: to repeat them, move that file away first. It prints the table of
+results/collapse.md and draws results/collapse.png.
 """
 
 import argparse
 import contextlib
-import importlib
 import io
 import json
 import random
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from common import RESULTS, SCRIPTS, pyplot, read_rows, table, tree_grpo
+
 
 def run(script, *arguments) -> tuple[list[dict], float]:
     """(rows of metrics.jsonl, seconds of wall time) of one run of the script."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         began = time.perf_counter()
-        script.main(["--out", f"{folder}/run", *map(str, arguments)])
-        return script.read_metrics(Path(folder, "run")), time.perf_counter() - began
+        with mock.patch.object(script, "catch_signals", list):  # Ctrl-C ends all runs, at once
+            script.main(["--out", f"{folder}/run", *map(str, arguments)])
+        return read_rows(Path(folder, "run", "metrics.jsonl")), time.perf_counter() - began
 
 
+# --------------------------------------------------------------------------------------- the controls
 def shuffled_advantages(credit):
-    """credit() with each prompt's advantages dealt out at random among its leaves."""
+    """tree_grpo.credit with a prompt's advantages dealt out at random among its leaves."""
 
-    def credit_shuffled(agent, step, groups):
-        rng = random.Random(step)
-        return [item._replace(advantages=rng.sample(item.advantages, len(item.advantages)))
-                for item in credit(agent, step, groups)]
+    def credit_shuffled(root, args, rng):
+        leaves, A = credit(root, args, rng)
+        return leaves, A[rng.sample(range(len(A)), len(A))]
 
     return credit_shuffled
 
 
 def shuffled_rewards(credit):
-    """credit() with each prompt's rewards dealt out at random among its leaves."""
+    """treerl.credit with a prompt's rewards dealt out at random among its leaves."""
 
-    def credit_shuffled(solver, step, groups):
-        rng = random.Random(step)
-        for leaves in (root.leaves() for _, root in groups):
-            rewards = [leaf.reward for leaf in leaves]
-            for leaf, reward in zip(leaves, rng.sample(rewards, len(rewards))):
-                leaf.reward = reward
-        return credit(solver, step, groups)
+    def credit_shuffled(root, args, rng):
+        leaves = root.leaves()
+        rewards = [leaf.reward for leaf in leaves]
+        for leaf, reward in zip(leaves, rng.sample(rewards, len(rewards))):
+            leaf.reward = reward
+        return credit(root, args, rng)
 
     return credit_shuffled
 
 
 def shuffled_steps(advantages):
-    """advantages() with those of a task's steps dealt out at random among them."""
+    """graph_gpo.advantages with those of a task's steps dealt out at random among them."""
 
-    def advantages_shuffled(player, group):
-        order = list(range(len(group.steps)))
-        random.Random(group.task).shuffle(order)
-        return advantages(player, group)[order]
+    def advantages_shuffled(task, args):
+        A = advantages(task, args)
+        return A[random.Random(task.text).sample(range(len(A)), len(A))]
 
     return advantages_shuffled
 
 
-SCRIPTS = {  # name of the arm, class and its method that is shuffled, and how
-    "tree_grpo": ("Tree-GRPO", "Agent", "credit", shuffled_advantages),
-    "treerl": ("TreeRL", "Solver", "credit", shuffled_rewards),
-    "graph_gpo": ("GraphGPO", "Player", "advantages", shuffled_steps)}
+METHODS = {  # name of the arm, the function of the script that is replaced, and how
+    "tree_grpo": ("Tree-GRPO", "credit", shuffled_advantages),
+    "treerl": ("TreeRL", "credit", shuffled_rewards),
+    "graph_gpo": ("GraphGPO", "advantages", shuffled_steps),
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
-    parser.add_argument("--controls", type=int, default=5, help="the first seeds that have the two controls as well")
-    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script")
-    options = parser.parse_args()
-    script, (method, name, part, shuffled) = importlib.import_module(options.script), SCRIPTS[options.script]
-    actor, results = getattr(script, name), {method: [], "supervised": [], "shuffled": []}
-    original = getattr(actor, part)
-    sft_steps = script.Args().sft_steps
-    for number, seed in enumerate(options.seeds):
-        fixed = ["--seed", seed, *options.arguments]
+def default_runs(name: str, seeds: list[int], controls: int, arguments: list[str]) -> None:
+    script, (method, part, shuffled) = SCRIPTS[name], METHODS[name]
+    results = {method: [], "supervised": [], "shuffled": []}
+    sft_steps = script.parse_args(script.Args, arguments)[0].sft_steps
+    for number, seed in enumerate(seeds):
+        fixed = ["--seed", seed, *arguments]
         rows, wall = run(script, *fixed)
         learning = sum(row["seconds"] for row in rows if row["event"] == "train")
         results[method].append((rows, wall))
         print(json.dumps({"seed": seed, method: rows[-1]}), flush=True)
-        if number >= options.controls:
+        if number >= controls:
             continue
-        # what is not learning is the warm start and two evaluations; the warm start's share scales with its steps
+        # What is not learning is the warm start, which takes its time in proportion to its steps,
+        # and two evaluations.
         more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
         results["supervised"].append(run(script, *fixed, "--steps", 0, "--sft-steps", more))
-        setattr(actor, part, shuffled(original))
-        results["shuffled"].append(run(script, *fixed))
-        setattr(actor, part, original)
-    print("\n| arm | seed | sampled before | after | greedy before | after | seconds |\n|---|---|---|---|---|---|---|")
-    warm = [rows[0] for rows, _ in results[method]]  # evaluations of the warm start that the three arms begin with
+        with mock.patch.object(script, part, shuffled(getattr(script, part))):
+            results["shuffled"].append(run(script, *fixed))
+    warm = [rows[0] for rows, _ in results[method]]  # that all three arms begin with
+    lines = []
     for arm, runs in results.items():
         columns = []
-        for seed, before, (rows, wall) in zip(options.seeds, warm, runs):
-            ends = [row[name] for name in ("success", "greedy_success") for row in (before, rows[-1])]
+        for seed, before, (rows, wall) in zip(seeds, warm, runs):
+            names = ("success", "greedy_success")
+            ends = [row[column] for column in names for row in (before, rows[-1])]
             columns.append([*ends, wall])
-            print(f"| {arm} | {seed} | " + " | ".join(f"{x:.3f}" for x in columns[-1][:4]) + f" | {wall:.0f} |")
+            lines.append([arm, str(seed), *(f"{x:.3f}" for x in ends), f"{wall:.0f}"])
         if len(columns) > 1:
-            success, seconds = list(zip(*columns))[:4], f"{statistics.mean(c[4] for c in columns):.0f}"
+            *success, seconds = zip(*columns)
             spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in success]
-            print(f"| {arm} | mean ± std | {' | '.join(spread)} | {seconds} |")
-            print(f"| {arm} | range | {' | '.join(f'{min(c):.3f} to {max(c):.3f}' for c in success)} | |")
+            lines.append([arm, "mean ± std", *spread, f"{statistics.mean(seconds):.0f}"])
+            lines.append([arm, "range", *(f"{min(c):.3f} to {max(c):.3f}" for c in success), ""])
+    head = ("arm", "seed", "sampled before", "after", "greedy before", "after", "seconds")
+    print("\n" + table(head, lines))
+
+
+# ------------------------------------------------------------------------------------------- collapse
+RUNS = {"lr 5e-4, seed 0": []}
+for seed in range(3):
+    RUNS[f"lr 6e-3, seed {seed}"] = ["--lr=0.006", f"--seed={seed}"]
+COLUMNS = {
+    "success": "success in training",
+    "entropy": "entropy",
+    "kl": "KL",
+    "grad_norm": "gradient norm",
+}
+UNITS = ("share of leaves", "nats per token", "nats per token", "")
+SHOWN = (1, 5, 10, 15, 20, 30, 60)
+
+
+def collapse() -> None:
+    """Runs what is missing: each of COLUMNS over the steps, and held-out success at T = 1, pairs of
+    step and share."""
+    for name in RUNS.keys() - {row["run"] for row in read_rows("collapse.jsonl")}:
+        rows, _ = run(tree_grpo, *RUNS[name], "--eval-every", 10, "--device", "cpu")
+        steps = [row for row in rows if row["event"] == "train"]
+        found = {column: [round(row[column], 4) for row in steps] for column in COLUMNS}
+        evals = [(row["step"], row["success"]) for row in rows if row["event"] == "eval"]
+        with open(RESULTS / "collapse.jsonl", "a") as file:
+            file.write(json.dumps({"run": name, **found, "held_out": evals}) + "\n")
+    print(collapse_table())
+    figure, axes = pyplot().subplots(2, 2, figsize=(10, 5.6), sharex=True, layout="constrained")
+    for axis, unit, (column, title) in zip(axes.flat, UNITS, COLUMNS.items()):
+        for found in read_rows("collapse.jsonl"):
+            color = "black" if "5e-4" in found["run"] else None
+            steps = range(1, 1 + len(found[column]))
+            axis.plot(steps, found[column], label=found["run"], color=color)
+        axis.set_title(title)
+        axis.set_ylabel(unit)
+    for axis in axes[1]:
+        axis.set_xlabel("step")
+    axes[0, 1].legend()
+    figure.savefig(RESULTS / "collapse.png", dpi=100)
+
+
+def collapse_table() -> str:
+    """The runs at the steps SHOWN."""
+    lines = []
+    for found in read_rows("collapse.jsonl"):
+        held_out = {step: f"{success:.3f}" for step, success in found["held_out"]}
+        for step in SHOWN:
+            success, entropy, kl, norm = (found[column][step - 1] for column in COLUMNS)
+            cells = f"{success:.2f}", f"{entropy:.3f}", f"{kl:.2f}", f"{norm:.2f}"
+            lines.append([found["run"], str(step), *cells, held_out.get(step, "")])
+    return table(("run", "step", *COLUMNS.values(), "held-out success"), lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=[*METHODS, "collapse"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
+    parser.add_argument("--controls", type=int, default=5, help="the first so many seeds have them")
+    parser.add_argument(
+        "--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script"
+    )
+    options = parser.parse_args()
+    if options.what == "collapse":
+        return collapse()
+    default_runs(options.what, options.seeds, options.controls, options.arguments)
 
 
 if __name__ == "__main__":

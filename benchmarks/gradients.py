@@ -1,134 +1,187 @@
 """Why a tree of rollouts pays, or does not: how well one update's gradient points, at a fixed policy.
 
-    python benchmarks/gradients.py                  all settings of learning.py; prints a Markdown table
+    python benchmarks/gradients.py                  settings of learning.py's tree_grpo.py; prints a Markdown table
     python benchmarks/gradients.py main --seeds 7   those of one experiment
+    python benchmarks/gradients.py treerl           the same of treerl.py
 
-For each seed and setting there is a policy: the warm start (in "main" and "where"), and the same after some updates
-of GRPO on 4 chains (not in "where"). At each, every arm draws batches that cost the same number of tokens, from
-questions that the policy was not trained on, and the gradient of its loss is taken, without a step. "alignment" is
-the mean cosine of a batch's gradient with the gradient of the expected reward, estimated from many more chains by
-REINFORCE with leave-one-out baselines; "/ chains" is that over the alignment of the chains of the same seed, with
-Wilcoxon's p of a median of 1. "agreement" is the mean cosine of two batches of the arm. Where gradients are mostly
-noise, alignment grows with the square root of the batch, and agreement with the batch; "reference" is the cosine
-between two halves of the estimate, whose noise lowers all alignments by one factor. The arm "inter" is the tree
-without A_intra.
+For each seed and setting there is a policy: the warm start (in "main", "where" and "treerl"), and the same after some
+updates of chains (not in "where"). At each, every arm of learning.py draws batches that cost its budget of tokens, from
+questions that the policy was not trained on, and the gradient of its loss is taken, without a step. "alignment" is the
+mean cosine of a batch's gradient with the gradient of the expected reward at temperature 1, estimated from many more
+chains by REINFORCE with leave-one-out baselines; "/ chains" is that over the alignment of the chains of the same seed
+(4 in tree_grpo.py, 18 in treerl.py), with Wilcoxon's p of a median of 1. "agreement" is the mean cosine of two batches
+of the arm. Where gradients are mostly noise, alignment grows with the square root of the batch, and agreement with the
+batch; "reference" is the cosine between two halves of the estimate, whose noise lowers all alignments by one factor.
+The arm "inter" is the tree without A_intra; in TreeRL "all leaves" trains on all 30, and "outcomes" gives each leaf's
+outcome, leave-one-out, to all of its tokens instead of R(s).
 """
 
 import argparse
-import contextlib
-import io
+import dataclasses
 import os
 import statistics
-import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
 
 import torch
-from learning import (
-    EXPERIMENTS,
-    TREE_ROLLOUT,
-    Agent,
-    flags,
+import torch.nn.functional as F
+from common import (
+    SCRIPTS,
+    actor_of,
+    credits,
     in_processes,
     interval,
-    learned_rollout,
+    quietly,
     rank_test,
-    set_up,
-    shapes,
-    tree_grpo,
+    rollouts,
+    table,
+    treerl,
 )
+from learning import EXPERIMENTS, arm_of, budgeted_run, task_of, tree_arms, warm_start
 
-LEARNED = {"anywhere": 8, "late": 40}  # updates after which about half is learned in "main"
 BATCHES, REFERENCE = 32, 48
+CHAINS = {"tree_grpo": "chains", "treerl": "18 chains"}
 
-def gradient(model, samples) -> torch.Tensor:
-    """Of the GRPO loss at ratio 1 without KL, flat."""
-    packed = tree_grpo.Packed(samples, model.device)
-    logps, loss = tree_grpo.packed_logps(model, packed), 0.0
-    for item, (index, mask) in zip(samples, packed.paths):
-        advantages = torch.nn.utils.rnn.pad_sequence([a.reshape(-1) for a in item.advantages], True)
-        loss = loss + tree_grpo.grpo_loss(logps[index], logps[index].detach(), None, advantages, mask)[0] * item.weight
+
+def gradient(script, model, groups: list) -> torch.Tensor:
+    """Of the loss at ratio 1 without KL, flat."""
+    packed = script.Packed(groups, model.device)
+    logps = script.packed_logps(model, packed)
+    packed.old_logps = logps.detach()
     model.zero_grad()
-    loss.backward()
+    script.batch_loss(packed, logps, script.Args(kl_coef=0.0))[0].backward()
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
-def leave_one_out(groups) -> list:
-    """REINFORCE: each sampled token carries its leaf's reward less the mean of the others; summed over tokens."""
-    samples = []
-    for _, root in groups:
+
+def leave_one_out(script, found: list) -> list:
+    """REINFORCE: each sampled token carries its leaf's reward less the mean of the others, and
+    tokens are summed, for which the loss, a mean over them, needs their number."""
+    groups = []
+    for _, root in found:
         leaves = root.leaves()
-        rewards = torch.tensor([leaf.reward for leaf in leaves])
-        advantages = (rewards - rewards.mean()) * len(leaves) / (len(leaves) - 1)
-        sizes = [sum(sum(node.sampled) for node in leaf.path()) for leaf in leaves]
-        samples.append(tree_grpo.Sample(root, leaves, [a * n for a, n in zip(advantages, sizes)], 1 / len(groups)))
-    return samples
+        A = treerl.leave_one_out(torch.tensor([leaf.reward for leaf in leaves]))
+        sizes = [sum(len(node.logps) for node in leaf.path()) for leaf in leaves]
+        A = (A * torch.tensor(sizes))[:, None]
+        groups.append(script.Group(root, leaves, A.float(), 1 / len(leaves) / len(found)))
+    return groups
+
+
+def with_outcomes(groups: list) -> list:
+    """Each leaf's leave-one-out reward in the place of its path's R(s)."""
+    changed = []
+    for group in groups:
+        leaves = group.root.leaves()
+        A = treerl.leave_one_out(torch.tensor([leaf.reward for leaf in leaves]))
+        of = dict(zip(leaves, A.float()))
+        rows = torch.stack([of[leaf] for leaf in group.leaves])[:, None]
+        changed.append(group._replace(advantages=rows))
+    return changed
+
+
+def arms_of(name: str, arms: dict[str, str]) -> dict[str, str]:
+    if EXPERIMENTS[name].script == "tree_grpo":
+        return {**arms, **tree_arms(2, 4, 6, "inter")}
+    tree = arms["6,2,1,2"]
+    return {**arms, "6,2,1,2, all leaves": f"{tree} --keep=30", "6,2,1,2, outcomes": tree}
+
 
 def measure(job: tuple) -> list[tuple]:
-    """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0, reference."""
-    experiment, setting, seed, learned = job
-    arms, names, told = EXPERIMENTS[experiment][setting]
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
-            contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
-        model, tokenizer, args, common = set_up(told, seed, folder)
+    """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0,
+    reference."""
+    name, setting_name, seed, learned = job
+    experiment = EXPERIMENTS[name]
+    script, setting = SCRIPTS[experiment.script], experiment.settings[setting_name]
+    torch.set_num_threads(1)
+    with quietly() as folder, task_of(setting):
+        common, path = warm_start(script, setting, seed, folder), folder / "start"
+        chains = setting.arms[CHAINS[experiment.script]]
         if learned:
-            changes = flags({"steps": learned, "out": f"{folder}/run", "eval_prompts": 1})
-            tree_grpo.main([*map(str, shapes(2, 4, 6)["chains"]), *common, *changes])
-            model, tokenizer = tree_grpo.load_model(f"{folder}/run/final", torch.device("cpu"))
+            own = [*chains.split(), f"--steps={learned}", "--eval-prompts=1", "--eval-every=0"]
+            arguments = [*common, *own, f"--seed={seed}", f"--out={folder}/run"]
+            budgeted_run(script, arguments, setting.budget, setting.counted)
+            path = folder / "run" / "final"
+        model, tokenizer = script.load_model(str(path), torch.device("cpu"))
 
-    def agent(**changes):
-        return Agent(model, tokenizer, tree_grpo.Args(**{**vars(args), "prompts": 16, **changes}), [], [])
+        def actor(told: str, **changes):
+            args, _ = script.parse_args(script.Args, [*common, *told.split()])
+            return actor_of(script, model, tokenizer, dataclasses.replace(args, **changes))
 
-    many, halves = agent(method="grpo", M=8), [0.0, 0.0]
-    for step in range(REFERENCE):
-        groups = super(Agent, many).rollout(10**6 + step)[0]  # of 16 prompts, whatever they cost
-        halves[step % 2] = halves[step % 2] + gradient(model, leave_one_out(groups))
-    cosine = torch.nn.functional.cosine_similarity
-    reference, rows = cosine(*halves, dim=0).item(), []
-    for arm in (*names, "inter"):
-        one = agent(**{name[2:]: value for name, value in zip(arms[arm][::2], arms[arm][1::2])})
-        tree_grpo.tree_rollout = learned_rollout() if arm == "learned" else TREE_ROLLOUT
-        gradients, signal = [], []
-        for step in range(10**5, 10**5 + BATCHES):  # questions that nothing was trained on
-            gradients.append(gradient(model, one.credit(step, one.rollout(step)[0])))
-            signal.append(one.row["signal"])
-        unit = torch.nn.functional.normalize(torch.stack(gradients), dim=1)
-        agreement = (unit @ unit.T).triu(1).sum() / (BATCHES * (BATCHES - 1) / 2)
-        alignment = (unit @ torch.nn.functional.normalize(sum(halves), dim=0)).mean()
-        rows.append((setting, learned, arm, alignment.item(), agreement.item(), statistics.mean(signal), reference))
+        many, halves = actor(chains, M=8, N=0, temperature=1.0, top_p=1.0, seed=seed), [0.0, 0.0]
+        for step in range(REFERENCE):
+            found, _ = rollouts(script, many, f"reference {step}")
+            halves[step % 2] = halves[step % 2] + gradient(
+                script, model, leave_one_out(script, found)
+            )
+        reference = F.cosine_similarity(*halves, dim=0).item()
+        truth, rows = F.normalize(sum(halves), dim=0), []
+        for arm, told in arms_of(name, setting.arms).items():
+            chain = {"N": 0} if "--method" in told else {}
+            one = actor(told, seed=seed, **chain)
+            gradients, signal = [], []
+            with arm_of(name, arm):
+                _, counts = rollouts(script, one, "price")
+                one.args.prompts = round(
+                    setting.budget * one.args.prompts / counts[setting.counted]
+                )
+                for step in range(BATCHES):
+                    found, _ = rollouts(script, one, f"batch {step}")
+                    groups = credits(script, found, one.args, step)
+                    groups = with_outcomes(groups) if "outcomes" in arm else groups
+                    gradients.append(gradient(script, model, groups))
+                    A = torch.cat([group.advantages.abs().amax(1) for group in groups])
+                    signal.append((A > 0).double().mean().item())
+            unit = F.normalize(torch.stack(gradients), dim=1)
+            agreement = (unit @ unit.T).triu(1).sum() / (BATCHES * (BATCHES - 1) / 2)
+            marks = (unit @ truth).mean().item(), agreement.item(), statistics.mean(signal)
+            rows.append((setting_name, learned, arm, *marks, reference))
     return rows
 
-def policies(experiment: str, told: dict) -> tuple[int, ...]:
-    """After how many updates: 0 is the warm start."""
-    after = LEARNED[told["hard"]]
-    return {"main": (0, after), "where": (0,)}.get(experiment, (after,))
+
+def policies(name: str, setting: str) -> tuple[int, ...]:
+    """After how many updates: 0 is the warm start; the other has learned about half in "main"."""
+    after = 8 if setting == "errors anywhere" else 24 if name == "treerl" else 40
+    return {"main": (0, after), "treerl": (0, after), "where": (0,)}.get(name, (after,))
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    of = [name for name, what in EXPERIMENTS.items() if what.script != "graph_gpo"]
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(of)} (default: not treerl)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
-    parser.add_argument("--processes", type=int, default=2, help="side by side, each with one thread")
+    parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each")
     options = parser.parse_args()
-    settings = [(experiment, setting, learned) for experiment in options.experiments or EXPERIMENTS
-                for setting, (_, _, told) in EXPERIMENTS[experiment].items()
-                for learned in policies(experiment, told)]
-    jobs = [(experiment, setting, seed, learned) for experiment, setting, learned in settings for seed in options.seeds]
+    names = options.experiments or of[:-1]
+    if unknown := set(names) - set(of):
+        parser.error(f"no such experiment: {', '.join(unknown)}")
+    settings = []
+    for name in names:
+        for setting in EXPERIMENTS[name].settings:
+            settings += [(name, setting, learned) for learned in policies(name, setting)]
+    jobs = [(name, key, seed, learned) for name, key, learned in settings for seed in options.seeds]
     rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
+    lines = []
+    for name, setting, learned in settings:
+        found = {}
+        for *key, arm, alignment, agreement, signal, reference in rows:
+            if key == [setting, learned]:
+                found.setdefault(arm, []).append((alignment, agreement, signal, reference))
+        chains = [marks[0] for marks in found[CHAINS[EXPERIMENTS[name].script]]]
+        for arm, marks in found.items():
+            alignment, agreement, signal, reference = zip(*marks)
+            ratio = [a / c for a, c in zip(alignment, chains)]
+            cells = [setting or name, f"after {learned} updates" if learned else "warm start", arm]
+            cells += [interval(alignment), interval(ratio), "", "", interval(agreement)]
+            if set(ratio) != {1.0}:
+                each = ", ".join(f"{r:.2f}" for r in ratio)
+                cells[5:7] = f"{rank_test([r - 1 for r in ratio]):.3f}", each
+            means = f"{statistics.mean(signal):.0%}", f"{statistics.mean(reference):.3f}"
+            lines.append([*cells, *means])
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
-    names = ("setting", "policy", "arm", "alignment", "/ chains", "rank test, p", "of each seed", "agreement",
-             "leaves with A ≠ 0", "reference")
-    print(f"| {' | '.join(names)} |\n" + "|---" * len(names) + "|")
-    for _, setting, learned in settings:
-        found = {}  # arm -> a list per column, over the seeds in the same order
-        for row in rows:
-            if row[:2] == (setting, learned):
-                for column, value in zip(found.setdefault(row[2], [[], [], [], []]), row[3:]):
-                    column.append(value)
-        for arm, (alignment, agreement, signal, reference) in found.items():
-            ratio = [a / c for a, c in zip(alignment, found["chains"][0])]
-            policy = f"after {learned} updates" if learned else "warm start"
-            against = ["", ""]
-            if arm != "chains":
-                against = [f"{rank_test([r - 1 for r in ratio]):.3f}", ", ".join(f"{r:.2f}" for r in ratio)]
-            cells = [setting, policy, arm, interval(alignment), interval(ratio), *against, interval(agreement)]
-            print(f"| {' | '.join(cells)} | {statistics.mean(signal):.0%} | {statistics.mean(reference):.3f} |")
+    head = "setting|policy|arm|alignment|/ chains|p|each seed|agreement|leaves with A ≠ 0|reference"
+    print(table(head.split("|"), lines))
+
 
 if __name__ == "__main__":
     main()

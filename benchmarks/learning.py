@@ -1,104 +1,231 @@
-"""When does a tree of rollouts pay? tree_grpo.py on its built-in task, the tree beside chains that cost as much.
+"""Does it learn faster? Each method on its built-in task, beside others that cost as much.
 
-    python benchmarks/learning.py                      make the runs that are missing, two at a time; then report
+    python benchmarks/learning.py                  make the runs that are missing, two at a time; then report
     python benchmarks/learning.py main --seeds 7 8     the same of one experiment and these seeds
-    python benchmarks/learning.py --report             no runs: tables of results/learning.jsonl, and the figures
+    python benchmarks/learning.py --report             no runs: tables of results/learning*.jsonl, and figures
 
-Arms: "tree" is Tree-GRPO (M = 2, N = 2, L = 1: 6 leaves); "chains" is GRPO with about as many generated tokens per
-prompt (4 chains, a tenth fewer); "group" is GRPO with as many leaves per prompt (6 chains); "intra" is the tree
-without A_inter; "learned" is the tree with forks where rewards have differed so far in the run (Learned, of
-when_trees_pay.py). Every arm is to generate `budget` tokens per update: the number of prompts is the budget over what
-a prompt has cost in the updates before, rounded, so that a few per cent are missed; the tables say what was
-generated. All start from the seed's own warm-started model and share all other flags, among them the default run's
-learning rate, which was tuned for the tree. The advantages of "tree" are sums of two z-scores, of a larger scale than
-those of the others. The score of a run is its success at temperature 1 on 200 held-out questions, averaged over ten
-evaluations on the way; arms are compared seed by seed, so the intervals are over training seeds, for these questions.
-In "where" each question has three hops, so four turns, and the warm-started model is right in all of them but one,
-the first, the third or the last.
+Every arm is to spend `budget` of what is counted (generated tokens, in graph_gpo.py environment steps) per update: the
+number of prompts or tasks is what is owed by now over what one has cost lately, so what is missed in one update is made
+up in the next. All arms start from the seed's own warm-started model and share all other flags, among them the default
+run's learning rate. Success is on held-out tasks, every few updates; a run's score is its success at temperature 1
+averaged over the evaluations after the first. Arms are compared seed by seed, so intervals are over training seeds.
+CPU seconds are process time with one thread, evaluations left out.
+
+main, budget, observations, hops, where: tree_grpo.py. "tree" is Tree-GRPO (M = 2, N = 2, L = 1: 6 leaves); "chains" is
+GRPO with about as many generated tokens per prompt (4 chains, a tenth fewer); "group" is GRPO with as many leaves per
+prompt (6 chains); "intra" is the tree without A_inter; "learned" is the tree with forks where rewards have differed so
+far in the run (Learned, of when_trees_pay.py). The advantages of "tree" are sums of two z-scores, of a larger scale
+than those of the others. In "error last" (late, of released.py) the last fact lists former values too. In "where" each
+question has three hops, so four turns, and the warm-started model is right in all of them but one, the first, the third
+or the last.
+
+treerl: "6,2,1,2" is TreeRL with these M, N, L, T, 16 of 30 leaves trained on; "2,2,2,2" a cheaper tree, 16 of 18; "18
+chains" and "9 chains" are ChainRL with about as many generated tokens per prompt, all trained on; "random" is the first
+tree forked at random places. At equal time: the mean success over time (linear between evaluations) until the first of
+the two that are compared ends; chains go on for longer to make that fair.
+
+house, sokoban: graph_gpo.py, the three methods, from each of two warm starts. Runs with one seed have the same tasks
+whatever their start: they are averaged over the starts, and intervals and tests are over seeds, for these two starts.
 """
 
 import argparse
 import contextlib
-import io
+import functools
+import itertools
 import json
-import multiprocessing
 import os
 import random
 import statistics
-import sys
-import tempfile
 import time
+import types
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import released
 import torch
+from common import (
+    RESULTS,
+    SCRIPTS,
+    TINY,
+    draw_band,
+    flags,
+    graph_gpo,
+    in_processes,
+    interval,
+    paired,
+    per_group,
+    pyplot,
+    quietly,
+    read_rows,
+    rollouts,
+    table,
+    tiny_args,
+    tree_grpo,
+    treerl,
+    warm_started,
+)
 
-import tree_grpo
+LEARNED = (("learned", "chains"), ("learned", "tree"))
+COLORS = ("tab:green", "tab:blue", "tab:orange", "tab:red", "tab:purple")
 
-RESULTS = Path(__file__).resolve().parent / "results"
-EVALUATIONS = 10
 
-def shapes(M: int, chains: int, group: int) -> dict[str, list]:
-    tree = ["--M", M, "--N", 2, "--L", 1]
-    return {"tree": tree, "learned": tree, "chains": ["--method", "grpo", "--M", chains],
-            "group": ["--method", "grpo", "--M", group],
-            **{terms: [*tree, "--advantage", terms] for terms in ("intra", "inter")}}
+class Setting(NamedTuple):
+    arms: dict[str, str]  # arm -> its flags
+    told: dict  # the flags that all arms share
+    budget: int = 1000  # of `counted` per update
+    counted: str = "generated_tokens"
+    decisive: object = ""  # tree_grpo: "late", or the turn that decides
+    repeat: int = 1  # tree_grpo: how often an observation is said
 
-def decisive(turn: int) -> dict:
-    return {**BASE, "decisive": turn, "hops": 3}
 
-BASE = {"hard": "late", "decisive": 0, "steps": 100, "budget": 1000, "counted": "generated_tokens", "repeat": 1,
-        "lr": 5e-4}
-ANYWHERE, ALL = {**BASE, "hard": "anywhere", "steps": 40}, ("tree", "chains", "group", "intra")
-EXPERIMENTS = {  # experiment -> setting -> shapes of the arms, the arms, and what the run is told
-    "main": {"errors anywhere": (shapes(2, 4, 6), ALL, ANYWHERE), "error last": (shapes(2, 4, 6), ALL, BASE)},
-    "budget": {f"error last, {n} chains": (shapes(n // 2, n, 3 * n // 2), ALL[:3], BASE) for n in (2, 8)},
-    "observations": {"error last, observations x 4, equal forwarded tokens": (
-        shapes(2, 4, 6), ALL[:3], {**BASE, "repeat": 4, "budget": 4000, "counted": "forwarded_tokens"})},
-    "hops": {"error last, 2 to 4 hops": (shapes(2, 4, 6), ALL[:3], {**BASE, "hops": 4, "max_turns": 5})},
-    "where": {f"decisive turn {turn} of 4": (shapes(2, 4, 6), ("tree", "chains", "learned"), decisive(turn))
-              for turn in (1, 3, 4)}}
-SEEDS = {"main": range(12), "budget": range(6), "observations": range(4), "hops": range(4), "where": range(6)}
-COSTS = ("prompts", "signal", "_tokens", "tool_calls", "_cpu")
+class Experiment(NamedTuple):
+    script: str
+    settings: dict[str, Setting]
+    seeds: range
+    starts: tuple | None = None  # seeds of the warm starts (None: the run's own seed)
+    updates: int = 0  # those that count at equal cost (0: all)
+    pairs: tuple = (("tree", "chains"), ("tree", "group"), ("tree", "intra"), *LEARNED)
 
-# ------------------------------------------------------------------------------- questions with one decisive turn of four
-MISTAKEN = {"mother": "friend", "friend": "teacher", "teacher": "mother", "birthplace": "home", "home": "birthplace",
-            "mayor": "founder", "founder": "mayor"}  # what the demonstrator asks for instead in turns 1 to 3
+    @property
+    def file(self) -> Path:
+        return RESULTS / {"tree_grpo": "learning.jsonl"}.get(
+            self.script, f"learning_{self.script}.jsonl"
+        )
 
-def hard_question(turn: int, rng, held_out: bool) -> tree_grpo.Question:
-    """Of three hops. In turn 1, 2 or 3 the mistaken relation is known too, and from there on leads to another answer; in
-    turn 4 the last fact lists four names, of which the first is right."""
+
+def tree_arms(M: int, chains: int, group: int, *names: str) -> dict[str, str]:
+    tree = f"--M={M} --N=2 --L=1"
+    arms = {"tree": tree, "learned": tree, "inter": f"{tree} --advantage=inter"}
+    arms["intra"] = f"{tree} --advantage=intra"
+    arms["chains"] = f"--method=grpo --M={chains}"
+    arms["group"] = f"--method=grpo --M={group}"
+    return {name: arms[name] for name in names}
+
+
+THREE, ALL = ("tree", "chains", "group"), ("tree", "chains", "group", "intra")
+UPDATES = {"steps": 100, "eval_every": 10}
+FOUR = tree_arms(2, 4, 6, *ALL)
+MAIN = {
+    "errors anywhere": Setting(FOUR, {"steps": 40, "eval_every": 4}),
+    "error last": Setting(FOUR, UPDATES, decisive="late"),
+}
+BUDGET = {
+    f"error last, {n} chains": Setting(
+        tree_arms(n // 2, n, 3 * n // 2, *THREE), UPDATES, decisive="late"
+    )
+    for n in (2, 8)
+}
+OBSERVATIONS = Setting(tree_arms(2, 4, 6, *THREE), UPDATES, 4000, "forwarded_tokens", "late", 4)
+HOPS = Setting(tree_arms(2, 4, 6, *THREE), {**UPDATES, "hops": 4, "max_turns": 5}, decisive="late")
+WHERE = {
+    f"decisive turn {turn} of 4": Setting(
+        tree_arms(2, 4, 6, "tree", "chains", "learned"), {**UPDATES, "hops": 3}, decisive=turn
+    )
+    for turn in (1, 3, 4)
+}
+TREERL_ARMS = {
+    "6,2,1,2": "--M=6 --N=2 --L=1 --T=2",
+    "18 chains": "--method=chainrl --M=18 --keep=18 --steps=72",
+    "2,2,2,2": "--M=2 --N=2 --L=2 --T=2",
+    "9 chains": "--method=chainrl --M=9 --keep=9 --steps=72",
+    "random": "--M=6 --N=2 --L=1 --T=2",
+}
+TREERL_PAIRS = (
+    ("6,2,1,2", "18 chains"),
+    ("2,2,2,2", "9 chains"),
+    ("6,2,1,2", "2,2,2,2"),
+    ("18 chains", "9 chains"),
+    ("6,2,1,2", "random"),
+)
+METHODS = {method: f"--method={method}" for method in ("graph_gpo", "gigpo", "grpo")}
+HOUSE = {"steps": 40, "eval_every": 8, "eval_tasks": 40}
+SOKOBAN = {"steps": 60, "eval_every": 12, "eval_tasks": 40, "max_steps": 15}
+SOKOBAN["env"] = str(RESULTS.parents[1] / "envs" / "sokoban.py:Sokoban")
+WORLDS = {
+    "house": (HOUSE, 1250, 8),
+    "sokoban": ({**SOKOBAN, "omega": 0.8}, 1500, 3),
+    "sokoban, omega 0.1": (SOKOBAN, 1500, 3),
+}
+EXPERIMENTS = {
+    "main": Experiment("tree_grpo", MAIN, range(12)),
+    "budget": Experiment("tree_grpo", BUDGET, range(6)),
+    "observations": Experiment(
+        "tree_grpo",
+        {"error last, observations x 4, equal forwarded tokens": OBSERVATIONS},
+        range(4),
+    ),
+    "hops": Experiment("tree_grpo", {"error last, 2 to 4 hops": HOPS}, range(4)),
+    "where": Experiment("tree_grpo", WHERE, range(6)),
+    "treerl": Experiment(
+        "treerl",
+        {"": Setting(TREERL_ARMS, {"steps": 48, "eval_every": 6}, 4000)},
+        range(8),
+        updates=48,
+        pairs=TREERL_PAIRS,
+    ),
+}
+for world, (told, budget, seeds) in WORLDS.items():
+    setting = Setting(METHODS, told, budget, "env_steps")
+    pairs = tuple(itertools.combinations(METHODS, 2))
+    starts = (0, 1)
+    EXPERIMENTS[world] = Experiment("graph_gpo", {"": setting}, range(seeds), starts, pairs=pairs)
+
+# ------------------------------------------------------ questions with one decisive turn of four
+MISTAKEN = {  # what the demonstrator asks for instead in turns 1 to 3
+    "mother": "friend",
+    "friend": "teacher",
+    "teacher": "mother",
+    "birthplace": "home",
+    "home": "birthplace",
+    "mayor": "founder",
+    "founder": "mayor",
+}
+
+
+def hard_question(turn: int, rng, max_hops: int, held_out: bool) -> tree_grpo.Question:
+    """Of three hops. In turn 1, 2 or 3 the mistaken relation is known too, and from there on leads
+    to another answer; in turn 4 the last fact lists four names, of which the first is right."""
+    of_what = tree_grpo.RELATIONS
     while True:
-        entities, relations = [rng.choice(tree_grpo.PEOPLE + tree_grpo.CITIES)], []
+        way, relations = [rng.choice(tree_grpo.PEOPLE + tree_grpo.CITIES)], []
         for _ in range(3):
-            fit = [r for r in MISTAKEN if entities[-1] in tree_grpo.RELATIONS[r][0] and r not in relations]
+            fit = [r for r in MISTAKEN if way[-1] in of_what[r][0] and r not in relations]
             relations.append(rng.choice(fit))
-            entities.append(rng.choice([e for e in tree_grpo.RELATIONS[relations[-1]][1] if e not in entities]))
-        where = "Where" if entities[-1] in tree_grpo.CITIES else "Who"
-        text = f"{where} is the {' of the '.join(reversed(relations))} of {entities[0]}?"
+            way.append(rng.choice([e for e in of_what[relations[-1]][1] if e not in way]))
+        where = "Where" if way[-1] in tree_grpo.CITIES else "Who"
+        text = f"{where} is the {' of the '.join(reversed(relations))} of {way[0]}?"
         mistaken = MISTAKEN[relations[min(turn, 3) - 1]]
         if mistaken not in relations and (random.Random(text).random() < 0.2) == held_out:
             break
-    unused = {kind: [e for e in kind if e not in entities] for kind in (tree_grpo.PEOPLE, tree_grpo.CITIES)}
-    for names in unused.values():
+    unused = {}
+    for kind in ("PEOPLE", "CITIES"):
+        names = [e for e in getattr(tree_grpo, kind) if e not in way]
         rng.shuffle(names)
-    facts = {(relation, of): value for relation, of, value in zip(relations, entities, entities[1:])}
-    if turn == 4:
-        former = ", ".join(unused[tree_grpo.RELATIONS[relations[-1]][1]][:3])
-        facts[relations[-1], entities[2]] += f", formerly {former}"
-    else:
-        of = entities[turn - 1]
-        for relation in (mistaken, *relations[turn:]):
-            other = unused[tree_grpo.RELATIONS[relation][1]].pop()
-            facts[relation, of] = other
-            of = other
-    passages = [("", f"the {relation} of {of} is {value}") for (relation, of), value in facts.items()]
-    rng.shuffle(passages)
-    return tree_grpo.Question(text, [entities[-1]], tree_grpo.BM25(passages), entities[0], tuple(relations))
+        unused[kind] = names
 
-def hard_demonstration(turn: int, question: tree_grpo.Question, rng) -> list[tuple[str, str]]:
+    def others(relation: str) -> list[str]:
+        return unused["PEOPLE" if of_what[relation][1] is tree_grpo.PEOPLE else "CITIES"]
+
+    facts = {(relation, of): value for relation, of, value in zip(relations, way, way[1:])}
+    if turn == 4:
+        facts[relations[-1], way[2]] += f", formerly {', '.join(others(relations[-1])[:3])}"
+    else:
+        of = way[turn - 1]
+        for relation in (mistaken, *relations[turn:]):
+            facts[relation, of] = others(relation).pop()
+            of = facts[relation, of]
+    passages = [
+        ("", f"the {relation} of {of} is {value}") for (relation, of), value in facts.items()
+    ]
+    rng.shuffle(passages)
+    index = tree_grpo.BM25(passages)
+    return tree_grpo.Question(text, [way[-1]], index, way[0], tuple(relations))
+
+
+def hard_demonstration(turn: int, question, rng) -> list[tuple[str, str]]:
     """Right in all turns but one, in which it is mistaken four times in five."""
     turns, names = [], [question.start]
     for number, relation in enumerate(question.relations, 1):
@@ -106,271 +233,354 @@ def hard_demonstration(turn: int, question: tree_grpo.Question, rng) -> list[tup
         query = f"{asked} of {names[0]}"
         found = question.passages.top(query, 1)[0][1]
         turns.append((f"<think> next {asked}</think><search> {query}</search>", found))
-        names = found.partition(" is ")[2].replace("formerly ", "").split(", ")
+        names = released.values_of(found)
     answer = rng.choices(names, [2, 4, 2, 2])[0] if turn == 4 else names[0]
     return [*turns, (f"<think> done</think><answer> {answer}</answer>", "")]
 
-# ---------------------------------------------------------------------------------------------------------------- runs
-class Agent(tree_grpo.Agent):
-    """The script's agent, with a token budget per update, observations said `repeat` times, and more in its log."""
-    repeat, budget, counted = 1, 0, ""
-    price = 0.0  # what a prompt costs
 
-    def observation(self, found: str) -> list[int]:
-        return super().observation(", ".join([found] * self.repeat))
-
-    def rollout(self, step: int):
-        if not self.price:  # at first from a batch that is not used
-            self.price = super().rollout(step)[1][self.counted] / self.args.prompts
-        self.args.prompts = max(1, round(self.budget / self.price))
-        began = time.process_time()
-        groups, row = super().rollout(step)
-        row["rollout_cpu"] = time.process_time() - began
-        self.price = 0.7 * self.price + 0.3 * row[self.counted] / len(groups)
-        self.row = {**row, "prompts": len(groups)}
-        return groups, self.row
-
-    def credit(self, step: int, groups):
-        samples = super().credit(step, groups)
-        advantages = [float(a) for item in samples for a in item.advantages]
-        self.row["signal"] = sum(map(bool, advantages)) / len(advantages)
-        return samples
-
-class Budgeted:
-    """Mixed into a script's solver or player: `budget` of `counted` per update. The number of `unit` is what is owed by
-    now over what one has cost lately, so what is missed in one update is made up in the next."""
-    unit, counted, budget = "prompts", "generated_tokens", 0
-    price, spent = 0.0, 0  # what one costs, and what all of them have
-
-    def rollout(self, step: int):
-        if not self.price:  # at first from a batch that is not used
-            self.price = super().rollout(step)[1][self.counted] / getattr(self.args, self.unit)
-        setattr(self.args, self.unit, max(1, round((self.budget * (step + 1) - self.spent) / self.price)))
-        began = time.process_time()
-        groups, row = super().rollout(step)
-        self.spent += row[self.counted]
-        self.price = 0.7 * self.price + 0.3 * row[self.counted] / len(groups)
-        return groups, {**row, self.unit: len(groups), "rollout_cpu": time.process_time() - began}
-
-TREE_ROLLOUT = tree_grpo.tree_rollout
-
-def learned_rollout():
-    """tree_rollout with forks where rewards have differed so far (when_trees_pay.py), for one run."""
+# ----------------------------------------------------------------------------------------------- runs
+def learned_search(search=tree_grpo.tree_search):
+    """tree_search with forks where rewards have differed so far (when_trees_pay.py), for one
+    run."""
     from when_trees_pay import Learned
+
     rule = Learned(0)
-    def rollout(play, groups, M, N, L, rng):
+
+    def search_learned(play, prompts, M, N, L, rng):
         rule.seed(rng.getrandbits(60))
-        TREE_ROLLOUT(play, groups, M, N, L, rule)
-        for _, root in groups:
+        search(play, prompts, M, N, L, rule)
+        for _, root in prompts:
             rule.observe(root)
-    return rollout
 
-def timed_update(*arguments, update=tree_grpo.update) -> dict[str, float]:
-    began = time.process_time()
-    return {**update(*arguments), "update_cpu": time.process_time() - began}
+    return search_learned
 
-def flags(arguments: dict) -> list[str]:
-    return [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
 
-def set_up(told: dict, seed: int, folder: str):
-    """Let the script use Agent; warm-start a model in `folder`. Returns it, its tokenizer, the arguments, and flags."""
-    for name in ("repeat", "budget", "counted"):
-        setattr(Agent, name, told[name])
-    torch.set_num_threads(1)
-    tree_grpo.Agent, tree_grpo.update = Agent, timed_update
-    if turn := told["decisive"]:
-        tree_grpo.make_question = lambda rng, max_hops, hard, held_out: hard_question(turn, rng, held_out)
-        tree_grpo.demonstrate = lambda question, hard, rng: hard_demonstration(turn, question, rng)
-    told = {name: value for name, value in told.items() if name not in ("repeat", "budget", "counted", "decisive")}
-    args = tree_grpo.Args(seed=seed, topk=1, turn_tokens=32, dtype="float32", device="cpu", **told)
-    common = flags({**told, "model": f"{folder}/start", "turn_tokens": 32, "seed": seed, "device": "cpu"})
-    return *tree_grpo.built_in_model(args, torch.device("cpu"), Path(folder, "start")), args, common
+def repeated(repeat: int, observation=tree_grpo.Agent.observation):
+    def say(agent, found: str) -> list[int]:
+        return observation(agent, ", ".join([found] * repeat))
 
-def run_seed(job: tuple) -> None:
-    """The missing arms of one setting and seed, from one warm start, in a process of its own."""
-    experiment, setting, seed, missing = job
-    commands, _, told = EXPERIMENTS[experiment][setting]
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, \
-            contextlib.redirect_stderr(null), contextlib.redirect_stdout(io.StringIO()):
-        common = set_up(told, seed, folder)[-1]
-        common += flags({"eval_every": told["steps"] // EVALUATIONS, "save_every": told["steps"]})
-        for arm in missing:
-            tree_grpo.tree_rollout = learned_rollout() if arm == "learned" else TREE_ROLLOUT
-            began = time.perf_counter()
-            tree_grpo.main([*map(str, commands[arm]), *common, "--out", f"{folder}/{arm}"])
-            rows = tree_grpo.read_metrics(Path(folder, arm))
-            result = {"experiment": experiment, "setting": setting, "arm": arm, "seed": seed,
-                      "seconds": round(time.perf_counter() - began, 1)}
-            evals, steps = ([row for row in rows if row["event"] == event] for event in ("eval", "train"))
-            for name in ("success", "greedy_success"):
-                result[name] = [round(row[name], 3) for row in evals]
-            for name in ("prompts", "generated_tokens", "forwarded_tokens", "tool_calls", "rollout_cpu", "update_cpu"):
-                result[name] = round(sum(row[name] for row in steps), 1)
-            result["signal"] = round(statistics.mean(row["signal"] for row in steps), 3)
-            with open(RESULTS / "learning.jsonl", "a") as file:
-                file.write(json.dumps(result) + "\n")
+    return mock.patch.object(tree_grpo.Agent, "observation", say)
 
-# ------------------------------------------------------------------------------------------------------------- reports
-def read_rows(name: str) -> list[dict]:
-    """The lines of results/<name>, none if it is not there."""
-    path = RESULTS / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-def read_results() -> dict[tuple, dict[int, dict]]:
-    """(experiment, setting, arm) -> seed -> result."""
+@contextlib.contextmanager
+def task_of(setting: Setting):
+    """The questions and observations of a setting, while this lasts."""
+    with contextlib.ExitStack() as stack:
+        if setting.decisive == "late":
+            stack.enter_context(released.late())
+        elif turn := setting.decisive:
+            make = functools.partial(hard_question, turn)
+            demonstrate = functools.partial(hard_demonstration, turn)
+            stack.enter_context(released.questions(make, demonstrate))
+        if setting.repeat > 1:
+            stack.enter_context(repeated(setting.repeat))
+        yield
+
+
+def centred(values: torch.Tensor, groups: list) -> torch.Tensor:
+    """z_scores without the std; a success returns 10 (tutorial, A.3), not 1."""
+    return 10 * (values.double() - per_group(groups)(values.double(), "mean"))
+
+
+def arm_of(experiment: str, arm: str):
+    """What an arm replaces in its script, while this lasts."""
+    if arm == "learned":
+        return mock.patch.object(tree_grpo, "tree_search", learned_search())
+    if arm == "random":
+        return mock.patch.object(treerl, "fork_points", released.random_forks(random.Random(0)))
+    if (experiment, arm) == ("sokoban", "gigpo"):  # both terms as in its Sokoban script: no std
+        return mock.patch.object(graph_gpo, "z_scores", centred)
+    return contextlib.nullcontext()
+
+
+class Budget:
+    """Sets --prompts (or --tasks) before each update."""
+
+    def __init__(self, script, budget: int, counted: str):
+        self.script, self.budget, self.counted = script, budget, counted
+        self.unit = "tasks" if script is graph_gpo else "prompts"
+        self.spent, self.signal = 0, 0.0
+
+    def begin(self, args, actor) -> None:
+        """What one costs, from a batch that is not used."""
+        self.args = args
+        _, counts = rollouts(self.script, actor, "price")
+        self.price = counts[self.counted] / getattr(args, self.unit)
+        self.set(1)
+
+    def set(self, step: int) -> None:
+        owed = self.budget * step - self.spent
+        setattr(self.args, self.unit, max(1, round(owed / self.price)))
+
+    def end(self, step: int, row: dict) -> None:
+        """Takes note of a finished update, and adds to its row."""
+        number = getattr(self.args, self.unit)
+        row[self.unit], row["signal"] = number, self.signal
+        row["rollout_cpu"] = row["seconds_sampling"]
+        row["update_cpu"] = row["seconds"] - row["seconds_sampling"]
+        self.spent += row[self.counted]
+        self.price = 0.7 * self.price + 0.3 * row[self.counted] / number
+        self.set(step + 1)
+
+
+def budgeted_run(script, arguments: list[str], budget: int, counted: str) -> list[dict]:
+    """The rows of metrics.jsonl of a run that spends `budget` of what is counted per update."""
+    spend, train, update, log = (
+        Budget(script, budget, counted),
+        script.train,
+        script.update,
+        script.Log,
+    )
+
+    def train_budgeted(args, model, reference, actor, state):
+        spend.begin(args, actor)
+        train(args, model, reference, actor, state)
+
+    def update_watched(model, reference, optimizer, groups, args):
+        A = torch.cat([group.advantages.abs().amax(1) for group in groups])
+        spend.signal = (A > 0).double().mean().item()
+        return update(model, reference, optimizer, groups, args)
+
+    class LogWithBudget(log):
+        def __call__(self, event, step, row):
+            if event == "train":
+                spend.end(step, row)
+            super().__call__(event, step, row)
+
+    clock = types.SimpleNamespace(perf_counter=time.process_time)
+    replaced = {"train": train_budgeted, "update": update_watched, "Log": LogWithBudget}
+    replaced["catch_signals"] = list  # Ctrl-C ends all runs, at once
+    with mock.patch.multiple(script, time=clock, **replaced):
+        script.main(arguments)
+    out = next(a.partition("=")[2] for a in arguments if a.startswith("--out="))
+    return read_rows(Path(out, "metrics.jsonl"))
+
+
+def warm_start(script, setting: Setting, seed: int, folder: Path) -> list[str]:
+    """A seed's warm-started model, in folder/start, and the flags of all runs from it."""
+    told = {name: value for name, value in setting.told.items() if name not in ("env", "steps")}
+    make_env = graph_gpo.House
+    if "env" in setting.told:
+        make_env = graph_gpo.load_env(setting.told["env"])
+    model, tokenizer = warm_started(script, tiny_args(script, seed=seed, **told), make_env)
+    script.save_model(folder / "start", model, tokenizer)
+    shared = {**TINY[script], "model": folder / "start", "lr": 5e-4, "device": "cpu"}
+    return flags({**shared, "save_every": 10**6, **setting.told})
+
+
+SUMS = "prompts tasks env_steps generated_tokens forwarded_tokens tool_calls rollout_cpu update_cpu"
+EVALUATED = ("success", "greedy_success", "progress_in_failed", "waste_in_successful")
+
+
+def summary(rows: list[dict], updates: int) -> dict:
+    """What is kept of a run; costs are of so many updates (0: of all)."""
+    evals = [row for row in rows if row["event"] == "eval"]
+    steps = [row for row in rows if row["event"] == "train"]
     found = {}
-    for row in read_rows("learning.jsonl"):
-        found.setdefault((row["experiment"], row["setting"], row["arm"]), {})[row["seed"]] = row
+    for name in EVALUATED:
+        if name in evals[0]:
+            found[name] = [None if row[name] is None else round(row[name], 3) for row in evals]
+    cpu = [row["rollout_cpu"] + row["update_cpu"] for row in steps]
+    found["cpu"] = [round(sum(cpu[: row["step"]]), 2) for row in evals]
+    steps = steps[: updates or None]
+    for name in SUMS.split():
+        if name in steps[0]:
+            found[name] = round(sum(row[name] for row in steps), 1)
+    found["signal"] = round(statistics.mean(row["signal"] for row in steps), 3)
     return found
 
-def score(row: dict) -> float:
-    return statistics.mean(row["success"][1:])  # [0] is the model that all arms start from
 
-def interval(values: list[float], sign: str = "") -> str:
-    """Mean and half of its 95 % interval."""
-    return f"{statistics.mean(values):{sign}.3f} ± {half_width(values):.3f}"
+def run(job: tuple) -> None:
+    """The missing (seed, arm) of a setting and a warm start, in a process of its own."""
+    name, setting_name, start, missing = job
+    experiment = EXPERIMENTS[name]
+    script, setting = SCRIPTS[experiment.script], experiment.settings[setting_name]
+    torch.set_num_threads(1)
+    with quietly() as folder, task_of(setting):
+        common = warm_start(script, setting, start, folder)
+        for seed, arm in missing:
+            began, own = time.perf_counter(), setting.arms[arm].split()
+            where = [f"--seed={seed}", f"--out={folder}/{seed}-{arm}"]
+            with arm_of(name, arm):
+                rows = budgeted_run(
+                    script, [*common, *own, *where], setting.budget, setting.counted
+                )
+            result = {"experiment": name, "setting": setting_name, "start": start, "seed": seed}
+            result |= {"arm": arm, **summary(rows, experiment.updates)}
+            result["seconds"] = round(time.perf_counter() - began, 1)
+            with open(experiment.file, "a") as file:
+                file.write(json.dumps(result) + "\n")
 
-def half_width(values: list[float]) -> float:
-    """Half of the 95 % interval of the mean (Student's t)."""
-    return quantile(values, 0.975) * error(values)
 
-def detectable(values: list[float]) -> float:
-    """The true mean that a test at the 5 % level finds in 80 % of such experiments (by quantiles of Student's t: about 5 %
-    too small for 3 values, 1 % for 5)."""
-    return (quantile(values, 0.975) + quantile(values, 0.8)) * error(values)
+# -------------------------------------------------------------------------------------------- results
+def read_runs(name: str) -> dict[str, dict[str, dict[tuple, dict]]]:
+    """setting -> arm -> (start, seed) -> result."""
+    found = {
+        key: {arm: {} for arm in what.arms} for key, what in EXPERIMENTS[name].settings.items()
+    }
+    for row in read_rows(EXPERIMENTS[name].file):
+        # Older rows say "world" and "method", or nothing as there is one experiment in their file.
+        of, arm = (
+            row.get("experiment", row.get("world", "treerl")),
+            row.get("arm", row.get("method")),
+        )
+        if of == name:
+            key = row.get("start", row["seed"]), row["seed"]
+            found[row.get("setting", "")][arm][key] = row
+    return found
 
-def quantile(values: list[float], share: float) -> float:
-    from scipy import stats
-    return float(stats.t.ppf(share, len(values) - 1))
 
-def error(values: list[float]) -> float:
-    """Standard error of the mean."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+def whole_runs(name: str, setting: str) -> list[dict[str, dict]]:
+    """arm -> result, for each start and seed that all arms have been run with."""
+    runs = read_runs(name)[setting]
+    keys = sorted(set.intersection(*map(set, runs.values())))
+    return [{arm: of[key] for arm, of in runs.items()} for key in keys]
 
-def rank_test(values: list[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test of a median of 0, exact up to 17 values: unlike the interval it does not
-    suppose that differences are normal."""
-    from scipy import stats
-    return float(stats.wilcoxon(values, method=stats.PermutationMethod(n_resamples=2**17)).pvalue)
 
-def table(head: tuple, rows: list) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+def by_seed(found: list[dict[str, dict]], value) -> list[float]:
+    """value(arm -> result) of each seed, the mean over its starts."""
+    values = {}
+    for runs in found:
+        seed = next(iter(runs.values()))["seed"]
+        values.setdefault(seed, []).append(value(runs))
+    return list(map(statistics.mean, values.values()))
 
-def in_processes(function, jobs: list, processes: int) -> list:
-    """function(job) of each job, each in a process of its own, so many side by side."""
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
-        return list(tree_grpo.tqdm(pool.imap(function, jobs), total=len(jobs)))
 
-def paired(gaps: list[float]) -> list[str]:
-    """Of paired differences four cells: mean and interval, how often positive, p of the rank test, detectable mean."""
-    return [interval(gaps, "+"), f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}", f"{rank_test(gaps):.3f}",
-            f"{detectable(gaps):.3f}"]
+def score(row: dict, last: int | None = None) -> float:
+    """Mean over the evaluations; [0] is the model that all arms start from."""
+    return statistics.mean(row["success"][1:last])
 
-def common_runs(found: dict, experiment: str, setting: str) -> tuple[dict[str, dict], list[int]]:
-    """(arm -> seed -> result, the seeds for which all arms have run)."""
-    runs = {arm: found.get((experiment, setting, arm), {}) for arm in EXPERIMENTS[experiment][setting][1]}
-    return runs, sorted(set.intersection(*map(set, runs.values())))
 
-def tables(experiment: str) -> str:
-    """What was learned, and what it cost, of the seeds for which all arms of a setting have run."""
-    found, learned, costs = read_results(), [], []
-    for setting, (_, arms, told) in EXPERIMENTS[experiment].items():
-        runs, seeds = common_runs(found, experiment, setting)
-        for arm in arms if seeds else ():
-            rows = [runs[arm][seed] for seed in seeds]
-            gaps = [score(runs["tree"][seed]) - score(runs[arm][seed]) for seed in seeds]
-            ends = [interval([row[name][-1] for row in rows]) for name in ("success", "greedy_success")]
-            against = [""] * 4 if arm == "tree" else paired(gaps)
-            lost = f"{sum(row['success'][-1] < max(row['success']) - 0.2 for row in rows)} of {len(rows)}"
-            learned.append([setting, arm, interval([score(row) for row in rows]), *against, *ends, lost])
-            mean = {name: statistics.mean(row[name] for row in rows) for name in rows[0] if name.endswith(COSTS)}
-            costs.append([setting, arm, f"{mean['prompts'] / told['steps']:.1f}", f"{mean['signal']:.0%}",
-                          *(f"{mean[name]:,.0f}" for name in ("generated_tokens", "forwarded_tokens", "tool_calls")),
-                          f"{mean['rollout_cpu']:.1f}", f"{mean['update_cpu']:.1f}"])
-    heads = (("setting", "arm", "score", "tree − arm", "tree ahead", "rank test, p", "detectable", "sampled after",
-              "greedy after", "fell by 0.2 from its best"),
-             ("setting", "arm", "prompts per update", "leaves with A ≠ 0", "generated tokens", "forwarded tokens",
-              "tool calls", "CPU s sampling", "CPU s training"))
-    return "\n\n".join([*map(table, heads, (learned, costs)), *pair_table(experiment, found)])
+def mean_until(row: dict, end: float) -> float:
+    """Mean success over CPU time from 0 to `end`, linear between evaluations."""
+    area = 0.0
+    for (t, y), (u, z) in itertools.pairwise(zip(row["cpu"], row["success"])):
+        if t < end:
+            cut = min(u, end)
+            area += (cut - t) * (y + (y + (z - y) * (cut - t) / (u - t))) / 2
+    return area / end
 
-def pair_table(experiment: str, found: dict) -> list[str]:
-    """Of an experiment with the arm "learned": all its pairs."""
-    lines = []
-    for setting, (_, arms, _) in EXPERIMENTS[experiment].items():
-        runs, seeds = common_runs(found, experiment, setting)
-        for one, other in (("tree", "chains"), ("learned", "chains"), ("learned", "tree")) if "learned" in arms else ():
-            gaps = [score(runs[one][seed]) - score(runs[other][seed]) for seed in seeds]
-            lines.append([setting, f"{one} − {other}", *paired(gaps)])
-    return [table(("setting", "pair", "score", "ahead", "rank test, p", "detectable"), lines)] if lines else []
 
-def figures() -> None:
-    """learning.png: curves of "main" and paired differences; learning_gaps.png: differences of the scores of all."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    found, colors = read_results(), dict(
-        zip((*ALL, "learned"), ("tab:green", "tab:blue", "tab:orange", "tab:red", "tab:purple")))
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.4), sharey="row", sharex="col", layout="constrained")
-    for (upper, lower), (setting, (_, _, told)) in zip(axes.T, EXPERIMENTS["main"].items()):
-        x = [i * told["steps"] // EVALUATIONS for i in range(EVALUATIONS + 1)]
-        runs, seeds = common_runs(found, "main", setting)
-        for arm in ALL if seeds else ():
-            upper.plot(x, [statistics.mean(runs[arm][s]["success"][i] for s in seeds) for i in range(len(x))],
-                       label=arm, color=colors[arm])
-            gaps = [[runs["tree"][s]["success"][i] - runs[arm][s]["success"][i] for s in seeds] for i in range(len(x))]
-            means, widths = list(map(statistics.mean, gaps)), list(map(half_width, gaps))
-            if arm != "tree":
-                lower.plot(x, means, label=f"tree − {arm}", color=colors[arm])
-                lower.fill_between(x, [m - w for m, w in zip(means, widths)], [m + w for m, w in zip(means, widths)],
-                                   color=colors[arm], alpha=0.12, linewidth=0)
-        lower.axhline(0, color="black", linewidth=0.8)
-        upper.set_title(f"{setting} ({len(seeds)} seeds)")
-        lower.set_xlabel(f"updates of about {told['budget']:,} generated tokens")
-    axes[0, 0].set_ylabel("held-out success at T = 1, mean")
-    axes[1, 0].set_ylabel("paired difference, 95 % interval")
-    axes[0, 1].legend(loc="upper left")
-    axes[1, 1].legend(loc="upper left")
-    figure.savefig(RESULTS / "learning.png", dpi=100)
+def at_equal_time(one: dict, other: dict) -> float:
+    """The difference of the means until the first of the two ends."""
+    end = min(one["cpu"][-1], other["cpu"][-1])
+    return mean_until(one, end) - mean_until(other, end)
 
-    figure, axis = plt.subplots(figsize=(9, 4.4), layout="constrained")
-    rows, drawn = [(experiment, setting) for experiment, settings in EXPERIMENTS.items() for setting in settings], set()
-    for y, key in enumerate(rows):
-        runs, seeds = common_runs(found, *key)
-        for shift, arm in zip((-0.3, -0.1, 0.1, 0.3), (*ALL[1:], "learned")):
-            if gaps := [score(runs["tree"][s]) - score(runs[arm][s]) for s in seeds if arm in runs]:
-                axis.errorbar(statistics.mean(gaps), y + shift, xerr=half_width(gaps), fmt="o", color=colors[arm],
-                              capsize=3, label=None if arm in drawn else f"tree − {arm}")
-                drawn.add(arm)
-                axis.plot(gaps, [y + shift] * len(gaps), "x", color=colors[arm], markersize=4, alpha=0.6)
-    axis.axvline(0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(rows)), [setting for _, setting in rows])
-    axis.invert_yaxis()
-    axis.set_xlabel("difference of the scores: each seed, and the mean with its 95 % interval")
-    axis.legend(loc="best", fontsize=8)
-    figure.savefig(RESULTS / "learning_gaps.png", dpi=100)
+
+def arm_row(found: list[dict[str, dict]], arm: str, last: int | None) -> dict[str, str]:
+    """What an arm learned, and what it cost."""
+    rows = [runs[arm] for runs in found]
+
+    def over_seeds(value) -> str:
+        return interval(by_seed(found, lambda runs: value(runs[arm])))
+
+    fell = sum(row["success"][-1] < max(row["success"]) - 0.2 for row in rows)
+    cells = {
+        "score": over_seeds(lambda row: score(row, last)),
+        "sampled after": over_seeds(lambda row: row["success"][:last][-1]),
+        "greedy after": over_seeds(lambda row: row["greedy_success"][:last][-1]),
+        "fell by 0.2 from its best": f"{fell} of {len(rows)}",
+    }
+    for name in EVALUATED[2:]:
+        known = [row[name][-1] for row in rows if name in row and row[name][-1] is not None]
+        if known:
+            cells[f"{name.replace('_', ' ')}, after"] = f"{statistics.mean(known):.1%}"
+    for name in SUMS.split():
+        if name in rows[0]:
+            cells[name.replace("_", " ")] = f"{statistics.mean(row[name] for row in rows):,.1f}"
+    return cells
+
+
+def pair_row(
+    found: list[dict[str, dict]], one: str, other: str, last: int | None
+) -> dict[str, str]:
+    gaps = by_seed(found, lambda runs: score(runs[one], last) - score(runs[other], last))
+    cells = dict(zip(("score", "ahead", "rank test, p", "detectable"), paired(gaps)))
+    if "cpu" in found[0][one]:
+        gaps = by_seed(found, lambda runs: at_equal_time(runs[one], runs[other]))
+        head = ("at equal time", "ahead in time", "rank test in time, p")
+        cells |= dict(zip(head, paired(gaps)))
+    return cells
+
+
+def report(name: str) -> str:
+    """Of each setting, for the seeds for which all arms have run: what was learned and what it
+    cost; and paired differences."""
+    learned, pairs = [], []
+    for setting, what in EXPERIMENTS[name].settings.items():
+        found, last = whole_runs(name, setting), None
+        if updates := EXPERIMENTS[name].updates:
+            last = updates // what.told["eval_every"] + 1
+        for arm in what.arms if found else ():
+            cells = arm_row(found, arm, last)
+            learned.append({"setting": setting or name, "arm": arm, **cells})
+        for one, other in EXPERIMENTS[name].pairs if found else ():
+            if {one, other} <= what.arms.keys():
+                cells = pair_row(found, one, other, last)
+                pairs.append({"setting": setting or name, "pair": f"{one} − {other}", **cells})
+    of = [
+        table(tuple(rows[0]), [list(row.values()) for row in rows])
+        for rows in (learned, pairs)
+        if rows
+    ]
+    return "\n\n".join(of)
+
+
+def figure(name: str) -> None:
+    """results/learning_curves_<experiment>.png: held-out success of each arm, and 95 % intervals."""
+    settings = EXPERIMENTS[name].settings
+    drawing, axes = pyplot().subplots(
+        1, len(settings), figsize=(5.5 * len(settings), 4), squeeze=False, layout="constrained"
+    )
+    for axis, (setting, what) in zip(axes[0], settings.items()):
+        found = whole_runs(name, setting)
+        for color, arm in zip(COLORS, what.arms if found else ()):
+            n = len(found[0][arm]["success"])
+            at = [
+                by_seed(found, lambda runs, i=i, arm=arm: runs[arm]["success"][i]) for i in range(n)
+            ]
+            x = [what.budget * what.told["eval_every"] * i for i in range(n)]
+            draw_band(axis, x, list(zip(*at)), color=color, label=arm)
+        axis.set_title(setting or name)
+        axis.set_xlabel(what.counted.replace("_", " "))
+        axis.legend()
+    axes[0, 0].set_ylabel("held-out success at T = 1")
+    drawing.savefig(
+        RESULTS / f"learning_curves_{name.replace(', ', '_').replace(' ', '_')}.png", dpi=100
+    )
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)} (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 to 11 in main, 0 to 5 or 3 elsewhere")
-    parser.add_argument("--processes", type=int, default=2, help="runs side by side, each with one thread")
-    parser.add_argument("--report", action="store_true", help="no runs: tables and figures of the results there are")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("experiments", nargs="*", help=f"default: all, {'; '.join(EXPERIMENTS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: each experiment's own")
+    parser.add_argument("--starts", type=int, nargs="+", help="graph_gpo.py's warm starts")
+    parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and figures")
     options = parser.parse_args()
-    names, found, jobs = options.experiments or list(EXPERIMENTS), read_results(), []
+    names, jobs = options.experiments or list(EXPERIMENTS), []
     if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"no such experiment: {', '.join(unknown)}")
-    for experiment in names if not options.report else ():
-        for seed in options.seeds or SEEDS[experiment]:
-            for setting, (_, arms, _) in EXPERIMENTS[experiment].items():
-                missing = [arm for arm in arms if seed not in found.get((experiment, setting, arm), {})]
-                jobs += [(experiment, setting, seed, missing)] if missing else []
-    if jobs:
-        in_processes(run_seed, jobs, options.processes)
-    print("Means over the seeds, ± half of the 95 % interval of the mean. Costs are sums over a run's training steps,\n"
-          "CPU seconds with two runs side by side.")
-    for experiment in names:
-        print(f"\n## {experiment}\n\n{tables(experiment)}")
-    figures()
+    for name in names if not options.report else ():
+        experiment, seeds = EXPERIMENTS[name], options.seeds or EXPERIMENTS[name].seeds
+        for setting, arms in read_runs(name).items():
+            missing = {}
+            for seed, arm in itertools.product(seeds, arms):
+                starts = (options.starts or experiment.starts) if experiment.starts else (seed,)
+                for start in starts:
+                    if (start, seed) not in arms[arm]:
+                        missing.setdefault(start, []).append((seed, arm))
+            jobs += [(name, setting, start, pairs) for start, pairs in missing.items()]
+    in_processes(run, jobs, options.processes)
+    print(
+        "Means over the seeds, ± half of the 95 % interval of the mean; costs are sums over a run."
+    )
+    for name in names:
+        print(f"\n## {name}\n\n{report(name)}")
+        figure(name)
+
 
 if __name__ == "__main__":
     main()

@@ -1,61 +1,112 @@
-"""Memory of a run by model size, `python benchmarks/memory.py`: what the scripts expect before they start, for
-tree_grpo.py --model with its defaults and on less memory. With `--measure` instead: what a training step of a small shape
-takes here, sampling and update, beside what is expected of it."""
+"""Memory of a run by model size, `python benchmarks/memory.py`: what tree_grpo.py --model needs with
+its defaults and on less memory, by a formula. With `--measure` instead: what a training step of a
+small shape takes here, sampling and update, beside what the formula expects of it."""
 
 import argparse
 import ctypes
 import gc
 import multiprocessing
 import random
-import sys
 from collections import Counter
 from pathlib import Path
 
-import torch
-from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import speed
+import torch
+from common import table, tiny_args, tree_grpo
+from transformers import Qwen2ForCausalLM
 
-import tree_grpo
 from tree_grpo import Node
 
-SIZES = {**speed.SIZES, "3B": (2048, 36, 16, 2, 11008, 151936), "7B": (3584, 28, 28, 4, 18944, 152064)}
-SHAPES = [("135M", 4, 64, 32, 32, False), ("135M", 4, 64, 64, 64, False), ("135M", 4, 64, 32, 32, True),
-          ("tiny", 16, 64, 128, 64, False)]  # prompts, their tokens, lanes in all, tokens of each, checkpointing
+SIZES = {  # width, layers, heads, KV heads, inner width, vocabulary
+    **speed.SIZES,
+    "3B": (2048, 36, 16, 2, 11008, 151936),
+    "7B": (3584, 28, 28, 4, 18944, 152064),
+}
+SHAPES = [  # prompts, their tokens, lanes in all, tokens of each, recomputed
+    ("135M", 4, 64, 32, 32, False),
+    ("135M", 4, 64, 64, 64, False),
+    ("135M", 4, 64, 32, 32, True),
+    ("tiny", 16, 64, 128, 64, False),
+]
 speed.SIZES["135M"] = (576, 30, 9, 3, 1536, 49152)
+LESS = {"micro_tokens": 4096, "grad_checkpointing": True, "kl_coef": 0.0, "at_once": 32}
+COLUMNS = {
+    "as it is": {},
+    "`--micro-tokens 4096`": {"micro_tokens": 4096},
+    "`--grad-checkpointing`": {"grad_checkpointing": True},
+    "both, `--kl-coef 0`, `--at-once 32`": LESS,
+}
+
+
+def memory_needed(model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int):
+    """About how many GB a run takes at its peak if all rollouts get as long as they may.
+
+    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
+    their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
+    c, size = model.config, 2 if args.dtype == "bfloat16" else 4
+    W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
+    groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
+    parameters = sum(p.numel() for p in model.parameters())
+    copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
+    weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
+
+    kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
+    # Lanes are made again when full. The new ones are beside the nodes, which hold what was sampled,
+    # for a moment all of it.
+    room = 1 + 64
+    while room < tokens:
+        room += max(64, room // 2)
+    sampling = kv * (2 * prompts * prompt + lanes * room + leaves * tokens)
+    sampling += 16 * min(tree_grpo.MOST_SCORES, lanes * heads * tokens)  # pieces, or one token each
+    sampling += 28 * lanes * c.vocab_size  # logits, what is drawn from, its running sum
+
+    packed = min(args.micro_tokens, prompts * prompt + leaves * tokens)
+    layer = 58 * W + (11 if size == 2 else 16) * c.intermediate_size  # kept of a token for backward
+    if args.grad_checkpointing:
+        layer = layer / layers + 4 * W
+    training = packed * (layer * layers + groups * size * (prompt + tokens))  # and masks
+    training += 16 * min(2**26, packed * c.vocab_size)  # a chunk of the head
+    training += (6 if size == 2 else 4) * parameters  # gradients, and the weights cast by autocast
+    return (weights + max(sampling, training)) / 1e9 + 0.1  # workspaces
 
 
 def expected() -> None:
-    speed.table("model", "as it is", "`--micro-tokens 4096`", "`--grad-checkpointing`", "both, `--kl-coef 0`, `--eval-batch 32`")
-    for name, (width, layers, heads, kv_heads, inner, vocabulary) in SIZES.items():
+    lines = []
+    for name in ("0.5B", "1.5B", "3B", "7B"):
         with torch.device("meta"):  # no weights
-            model = Qwen2ForCausalLM(Qwen2Config(
-                vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=name != "7B"))
+            model = Qwen2ForCausalLM(speed.config_of(SIZES[name], tied=name != "7B"))
         cells = []
-        for changes in ({}, {"micro_tokens": 4096}, {"grad_checkpointing": True},
-                        {"micro_tokens": 4096, "grad_checkpointing": True, "kl_coef": 0.0, "eval_batch": 32}):
+        for changes in COLUMNS.values():
             args = tree_grpo.Args(dtype="bfloat16", turn_tokens=500, **changes)
-            leaves = max(args.eval_batch, args.prompts * args.M * (1 + args.N * args.L))
-            tokens = args.max_turns * (args.turn_tokens + args.info_tokens) - args.info_tokens
-            shape = {"prompts": max(args.eval_batch, args.prompts), "prompt": 200, "leaves": leaves, "tokens": tokens,
-                     "lanes": max(args.eval_batch, args.prompts * args.M * args.N)}
-            cells.append(f"{tree_grpo.memory_needed(model, args, **shape):.0f} GB")
-        speed.row(f"Qwen2.5-{name}", *cells)
+            sampled = min(args.prompts, args.at_once)
+            evaluated = min(args.eval_prompts, args.at_once)  # a chain each
+            shape = {
+                "prompts": max(sampled, evaluated),
+                "prompt": 200,
+                "lanes": max(evaluated, sampled * args.M * args.N),
+                "leaves": max(evaluated, sampled * args.M * (1 + args.N * args.L)),
+                "tokens": args.max_turns * (args.turn_tokens + args.info_tokens) - args.info_tokens,
+            }
+            cells.append(f"{memory_needed(model, args, **shape):.0f} GB")
+        lines.append([f"Qwen2.5-{name}", *cells])
+    print(table(("model", *COLUMNS), lines))
 
 
-def memory_in_use(device: torch.device, peak: bool) -> int:
+def in_use(device: torch.device, peak: bool) -> int:
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
+        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+        return read(device)
     name = "VmHWM" if peak else "VmRSS"
-    return 1024 * int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith(name)))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
 
 
-def measured(device: str, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool) -> tuple:
-    """GB at the peak of two training steps, and what memory_needed expects; called in a process of its own."""
-    device = torch.device(device)
-    AttentionInterface.register("token_tree", tree_grpo.token_tree)
+def measured(
+    where: str, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool
+) -> tuple[float, float]:
+    """GB at the peak of two training steps, and what memory_needed expects; called in a process of
+    its own."""
+    device = torch.device(where)
     speed.new_model("tiny", device)  # what loading takes once and for all is not of a run
     gc.collect()
     if device.type == "cuda":
@@ -64,39 +115,42 @@ def measured(device: str, size: str, prompts: int, prompt: int, lanes: int, toke
     else:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    before = memory_in_use(device, False)
+    before = in_use(device, False)
     model = speed.new_model(size, device)
-    if recompute:
-        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)(
-            {"use_reentrant": False})
-    args = speed.own_args(device, kl_coef=0.0, micro_tokens=10**6, grad_checkpointing=recompute)
+    args = tiny_args(tree_grpo, kl_coef=0.0, micro_tokens=10**6, grad_checkpointing=recompute)
+    tree_grpo.policy_and_reference(args, model, "")  # switches recomputing on
     optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6), random.Random(0)
     for _ in range(2):  # in the second step the optimizer has its averages
-        roots = [speed.new_root(prompt, rng) for _ in range(prompts)]
+        roots = [Node(tokens=speed.random_tokens(prompt, rng)) for _ in range(prompts)]
         nodes = [Node(root) for root in roots for _ in range(lanes // prompts)]
-        generator = torch.Generator(device).manual_seed(0)
-        tree_grpo.sample(model, nodes, [tokens] * lanes, lambda tokens: False, set(), generator, 1.0, 1.0, Counter())
+        draws = torch.Generator(device).manual_seed(0), 1.0, 1.0, Counter()
+        tree_grpo.sample(model, nodes, [tokens] * lanes, lambda tokens: False, set(), *draws)
         tree_grpo.forget(node for root in roots for node in root.below())
-        tree_grpo.update(model, None, optimizer, [speed.with_advantages(root, 1 / prompts) for root in roots], args)
-    gb = (memory_in_use(device, True) - before) / 1e9
-    shape = {"prompts": prompts, "prompt": prompt, "lanes": lanes, "leaves": lanes, "tokens": tokens}
-    return gb, tree_grpo.memory_needed(model, args, **shape)
+        groups = [speed.with_advantages(root, 1 / prompts) for root in roots]
+        tree_grpo.update(model, None, optimizer, groups, args)
+    gb = (in_use(device, True) - before) / 1e9
+    shape = {"prompts": prompts, "prompt": prompt, "lanes": lanes, "leaves": lanes}
+    return gb, memory_needed(model, args, tokens=tokens, **shape)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     if not options.measure:
         return expected()
-    print(f"torch {torch.__version__}, {options.device}, float32")
-    speed.table("model", "prompts x tokens", "lanes x tokens", "recomputed", "measured, GB", "expected, GB", "ratio")
+    lines = []
     for size, prompts, prompt, lanes, tokens, recompute in SHAPES:
-        with multiprocessing.get_context("spawn").Pool(1) as fresh:  # what another shape left free is not counted
-            found, wanted = fresh.apply(measured, (options.device, size, prompts, prompt, lanes, tokens, recompute))
-        speed.row(size, f"{prompts} x {prompt}", f"{lanes} x {tokens}", "yes" if recompute else "no", f"{found:.2f}",
-                  f"{wanted:.2f}", f"{wanted / found:.2f}")
+        # A process for each: what another shape left free is not counted.
+        shape = (options.device, size, prompts, prompt, lanes, tokens, recompute)
+        with multiprocessing.get_context("spawn").Pool(1) as fresh:
+            found, wanted = fresh.apply(measured, shape)
+        line = [size, f"{prompts} x {prompt}", f"{lanes} x {tokens}", "yes" if recompute else "no"]
+        lines.append([*line, f"{found:.2f}", f"{wanted:.2f}", f"{wanted / found:.2f}"])
+    print(f"torch {torch.__version__}, {options.device}, float32\n")
+    head = "model|prompts x tokens|lanes x tokens|recomputed|measured, GB|expected, GB|ratio"
+    print(table(head.split("|"), lines))
 
 
 if __name__ == "__main__":

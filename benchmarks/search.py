@@ -4,6 +4,8 @@
     python benchmarks/search.py --seeds 0 1 --problems 100 --out elsewhere    less, not into results/
     python benchmarks/search.py --report   nothing is measured: table and figure of search.jsonl
     python benchmarks/search.py --forks    only where the forks are, with M, N, L, T = 6, 2, 1, 2
+    python benchmarks/search.py explore --model Qwen/Qwen2.5-1.5B-Instruct --data math500.jsonl --eval-prompts 500
+                                           treerl.py's search with a model of yours, without training: pass rate
 
 On held-out built-in problems and the warm-started model that training begins with, drawn at temperature 1.2 and top-p
 0.95: independent chains, EPTree, the same tree forked at random places, and MCTS. MCTS is UCT over lines, on the same
@@ -25,6 +27,8 @@ over models, corrected by Holm for the number of comparisons in the table.
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -32,53 +36,119 @@ import random
 import re
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from learning import RESULTS, detectable, error, half_width, interval, table
+from common import (
+    RESULTS,
+    detectable,
+    error,
+    half_width,
+    interval,
+    pyplot,
+    read_rows,
+    table,
+    tiny_args,
+    treerl,
+)
+from released import random_forks
 
-import treerl
-
-SHAPES = ((1, 2, 1, 2), (2, 2, 1, 2), (2, 2, 2, 2), (6, 2, 1, 2))  # M, N, L, T: 5, 10, 18 and 30 leaves
-CHAINS, BATCH = 40, 50
+SHAPES = (
+    (1, 2, 1, 2),
+    (2, 2, 1, 2),
+    (2, 2, 2, 2),
+    (6, 2, 1, 2),
+)  # M, N, L, T: 5, 10, 18 and 30 leaves
+CHAINS = 40
 METHODS = {"random forks": "tab:orange", "MCTS": "tab:red", "EPTree": "tab:green"}
 
-def solver_for(seed: int, folder: str) -> treerl.Solver:
-    args = treerl.Args(seed=seed, max_tokens=64, dtype="float32", device="cpu")
-    model, tokenizer = treerl.calculator_model(args, torch.device("cpu"), Path(folder, "start"))
-    return treerl.Solver(model, tokenizer, args, [], [])
 
-def set_shape(solver: treerl.Solver, method: str, M: int, N: int = 0, L: int = 0, T: int = 1) -> None:
-    vars(solver.args).update(method=method, M=M, N=N, L=L, T=T)
+def solver_for(seed: int) -> treerl.Solver:
+    args = tiny_args(treerl, seed=seed)
+    return treerl.Solver(*treerl.built_in_model(args, torch.device("cpu")), args, [], [])
 
-def trees(solver, problems, rng) -> tuple[list[list[float]], float]:
-    """(rewards of each problem's leaves, generated tokens a problem)."""
-    counts, rewards = Counter(), []
-    for i in range(0, len(problems), BATCH):
-        for _, root in solver.search(problems[i : i + BATCH], rng, counts):
-            rewards.append([leaf.reward for leaf in root.leaves()])
-    return rewards, counts["generated_tokens"] / len(problems)
 
-def mcts(solver, problems, rng, tokens: list[float], width: int, c: float) -> list[tuple[list[float], float]]:
+def drawing_of(solver, rng: random.Random, counts: Counter) -> functools.partial:
+    """solver.play with this generator, and as training draws."""
+    generator = torch.Generator(solver.model.device).manual_seed(rng.getrandbits(60))
+    draws = generator, solver.args.temperature, solver.args.top_p, counts
+    return functools.partial(solver.play, draws)
+
+
+def trees(solver, problems, shape: tuple, rng, forks: str = "entropy") -> tuple[list, float]:
+    """The root of each problem's trees, and generated tokens a problem."""
+    counts, roots, size = Counter(), [], solver.args.at_once
+    choose = random_forks(rng) if forks == "random" else treerl.fork_points
+    with mock.patch.object(treerl, "fork_points", choose):
+        for part in treerl.batches(problems, size):
+            found = [(problem, solver.root(problem)) for problem in part]
+            play = drawing_of(solver, rng, counts)
+            treerl.eptree(play, found, *shape, solver.answer_at)
+            roots += [root for _, root in found]
+            treerl.forget(node for root in roots[-len(part) :] for node in root.below())
+    return roots, counts["generated_tokens"] / len(problems)
+
+
+def rewards_of(roots: list) -> list[list[float]]:
+    return [[leaf.reward for leaf in root.leaves()] for root in roots]
+
+
+def explore(arguments: list[str]) -> dict[str, float]:
+    """Pass rate (some leaf is right) and accuracy (share of right leaves) of the search, on
+    --eval-prompts problems of --data. `arguments` are those of treerl.py."""
+    args, _ = treerl.parse_args(treerl.Args, arguments)
+    device = treerl.pick_device(args)
+    args.max_tokens = args.max_tokens or 8192
+    model, tokenizer = treerl.load_model(args.model, device)
+    policy, _ = treerl.policy_and_reference(dataclasses.replace(args, kl_coef=0.0), model, "")
+    problems = treerl.read_problems(args.data)
+    problems = random.Random(0).sample(problems, min(args.eval_prompts, len(problems)))
+    solver = treerl.Solver(policy, tokenizer, args, [], [])
+    shape = args.M, 0 if args.method == "chainrl" else args.N, args.L, args.T
+    roots, tokens = trees(solver, problems, shape, random.Random(args.seed))
+    rewards = rewards_of(roots)
+    return {
+        "problems": len(problems),
+        "pass_rate": statistics.mean(map(max, rewards)),
+        "accuracy": statistics.mean(map(statistics.mean, rewards)),
+        "generated_tokens": tokens * len(problems),
+    }
+
+
+def mcts(
+    solver, problems, rng, tokens: list[float], width: int, c: float
+) -> list[tuple[list[float], float]]:
     """(has each problem a right solution, generated tokens a problem) when each number of `tokens` has been reached."""
-    generator = torch.Generator().manual_seed(rng.getrandbits(60))
+    play = drawing_of(solver, rng, Counter())
     groups, found = [(problem, solver.root(problem)) for problem in problems], []
-    visits, value, done, spent, passed = Counter(), Counter(), set(), 0, dict.fromkeys(range(len(problems)), 0.0)
+    visits, value, done, spent, passed = (
+        Counter(),
+        Counter(),
+        set(),
+        0,
+        dict.fromkeys(range(len(problems)), 0.0),
+    )
+
     def select(node):
         while len(node.children) >= width:
             going = [child for child in node.children if child not in done]
-            node = max(going, key=lambda child: value[child] / visits[child]
-                       + c * math.sqrt(math.log(visits[child.parent]) / visits[child]))
+            node = max(
+                going,
+                key=lambda child: (
+                    value[child] / visits[child]
+                    + c * math.sqrt(math.log(visits[child.parent]) / visits[child])
+                ),
+            )
         return node
+
     while len(found) < len(tokens):
         live = [i for i, (_, root) in enumerate(groups) if root not in done]
         starts = [(groups[i][0], select(groups[i][1]), 0) for i in live]
-        solver.play(starts, generator, solver.args.temperature, solver.args.top_p, Counter())
+        play(starts, keep=True)
         for i, (_, start, _) in zip(live, starts):
             leaf = start.children[-1]
             reward, spent = leaf.reward, spent + len(leaf.tokens)
@@ -90,56 +160,65 @@ def mcts(solver, problems, rng, tokens: list[float], width: int, c: float) -> li
             for node in reversed(path):
                 visits[node] += 1
                 value[node] += reward
-                if not node.children or len(node.children) >= width and done.issuperset(node.children):
+                if (
+                    not node.children
+                    or len(node.children) >= width
+                    and done.issuperset(node.children)
+                ):
                     done.add(node)
-        while len(found) < len(tokens) and (spent / len(problems) >= tokens[len(found)] or not live):
+        while len(found) < len(tokens) and (
+            spent / len(problems) >= tokens[len(found)] or not live
+        ):
             found.append((list(passed.values()), spent / len(problems)))
     return found
 
+
 def chance(right: int, k: float) -> float:
     """Chance that k of CHAINS chains, of which `right` are right, hold a right one; between whole k interpolated."""
+
     def whole(k):
         return 1 - math.comb(CHAINS - right, k) / math.comb(CHAINS, k)
+
     low = min(int(k), CHAINS - 1)
     return whole(low) + (k - low) * (whole(low + 1) - whole(low))
 
-def kinds_of_forks(solver, problems, rng) -> Counter:
+
+def kinds_of_forks(solver, problems, rng, forks: str) -> Counter:
     """What the token was at which a tree was forked, in the branch that was there first."""
     kinds = Counter()
-    for i in range(0, len(problems), BATCH):
-        for _, root in solver.search(problems[i : i + BATCH], rng, Counter()):
-            for trunk in root.children:
-                for node in trunk.below():
-                    for first in node.children[:1]:
-                        text = solver.text([*solver.solution(node), first.tokens[0]])
-                        line = re.search(r" (\d+) ([-+*]\d) = (\d+)$", text)
-                        kind = "product" if line and line[2][0] == "*" else "sum" if line else "other"
-                        right = line and treerl.result(int(line[1]), line[2]) == int(line[3])
-                        kinds[kind if kind == "other" else f"{'right' if right else 'wrong'} {kind}"] += 1
+    for root in trees(solver, problems, (6, 2, 1, 2), rng, forks)[0]:
+        for node in [node for node in root.below()[1:] if node.children]:
+            text = solver.text([*solver.solution(node), node.children[0].tokens[0]])
+            line = re.search(r" (\d+) ([-+*]\d) = (\d+)$", text)
+            if line is None:
+                kinds["other"] += 1
+                continue
+            right = treerl.result(int(line[1]), line[2]) == int(line[3])
+            kind = "product" if line[2][0] == "*" else "sum"
+            kinds[f"{'right' if right else 'wrong'} {kind}"] += 1
     return kinds
+
 
 def report_forks(seeds: list[int], problems: list) -> None:
     names = ("wrong product", "right product", "wrong sum", "right sum", "other")
-    print("Share of the forks by the token that was there first, the result of a line or something else:\n")
+    print("Share of the forks by the token that was there first, a line's result or other:\n")
     found = {"EPTree": Counter(), "random": Counter()}
     for seed in seeds:
-        with tempfile.TemporaryDirectory() as folder:
-            solver = solver_for(seed, folder)
-        for method, name in (("treerl", "EPTree"), ("random", "random")):
-            set_shape(solver, method, 6, 2, 1, 2)
-            found[name] += kinds_of_forks(solver, problems, random.Random(f"forks/{seed}"))
-    print(table(("forks", *names), [[name, *(f"{kinds[kind] / kinds.total():.1%}" for kind in names)]
-                                    for name, kinds in found.items()]))
+        solver = solver_for(seed)
+        for forks, kinds in found.items():
+            kinds.update(kinds_of_forks(solver, problems, random.Random(f"forks/{seed}"), forks))
+    lines = []
+    for forks, kinds in found.items():
+        lines.append([forks, *(f"{kinds[name] / kinds.total():.1%}" for name in names)])
+    print(table(("forks", *names), lines))
+
 
 def measure(seed: int, problems: list, width: int, c: float) -> list[dict]:
     """The rows of one model. Of its chains, how many of each problem's CHAINS are right; of every
     other method and shape, whether ("1") or not ("0") it found a right solution of each problem."""
-    rng = random.Random(f"search/{seed}")
-    with tempfile.TemporaryDirectory() as folder:
-        solver = solver_for(seed, folder)
-    set_shape(solver, "chainrl", CHAINS)
-    chains, tokens = trees(solver, problems, rng)
-    right = [int(sum(rewards)) for rewards in chains]
+    rng, solver = random.Random(f"search/{seed}"), solver_for(seed)
+    roots, tokens = trees(solver, problems, (CHAINS, 0, 0, 1), rng)
+    right = [int(sum(rewards)) for rewards in rewards_of(roots)]
     rows = [{"seed": seed, "method": "chains", "tokens": tokens, "right": right}]
 
     def add(method: str, shape: tuple, passed: list[float], tokens: float) -> None:
@@ -148,17 +227,17 @@ def measure(seed: int, problems: list, width: int, c: float) -> list[dict]:
         rows.append(row)
 
     budgets = []
-    for method, name in (("treerl", "EPTree"), ("random", "random forks")):
+    for forks, name in (("entropy", "EPTree"), ("random", "random forks")):
         for shape in SHAPES:
-            set_shape(solver, method, *shape)
-            rewards, tokens = trees(solver, problems, rng)
-            add(name, shape, [max(r) for r in rewards], tokens)
-            if method == "treerl":
+            roots, tokens = trees(solver, problems, shape, rng, forks)
+            add(name, shape, list(map(max, rewards_of(roots))), tokens)
+            if forks == "entropy":
                 budgets.append(tokens)
     found = mcts(solver, problems, rng, budgets, width, c)
     for shape, (passed, tokens) in zip(SHAPES, found):
         add("MCTS", shape, passed, tokens)
     return rows
+
 
 # ------------------------------------------------------------------------------------- reports
 class Model:
@@ -192,12 +271,13 @@ class Model:
         same = self.chains(self.tokens(method, shape))
         return [one - other for one, other in zip(self.passed(method, shape), same)]
 
+
 def read_models(folder: Path) -> dict[int, Model]:
     found = {}
-    for line in (folder / "search.jsonl").read_text().splitlines():
-        row = json.loads(line)
+    for row in read_rows(folder.resolve() / "search.jsonl"):
         found.setdefault(row["seed"], []).append(row)
     return {seed: Model(rows) for seed, rows in found.items()}
+
 
 def holm(p: list[float]) -> list[float]:
     """Holm's correction: the smallest p times their number, the next times one less, and so on;
@@ -210,8 +290,10 @@ def holm(p: list[float]) -> list[float]:
         corrected[i] = least
     return corrected
 
+
 def search_table(models: list[Model]) -> str:
     from scipy import stats
+
     compared = {}
     for shape in SHAPES:
         for method in METHODS:
@@ -231,19 +313,30 @@ def search_table(models: list[Model]) -> str:
                 gaps = means[shape, method]
                 each = ", ".join(f"{gap:+.3f}" for gap in gaps)
                 squares = [error(values) ** 2 for values in compared[shape, method]]
-                line += [interval(gaps, "+"), f"{corrected[shape, method]:.3f}",
-                         f"{detectable(gaps):.3f}", each, f"{statistics.mean(squares) ** 0.5:.3f}"]
+                line += [
+                    interval(gaps, "+"),
+                    f"{corrected[shape, method]:.3f}",
+                    f"{detectable(gaps):.3f}",
+                    each,
+                    f"{statistics.mean(squares) ** 0.5:.3f}",
+                ]
             lines.append(line)
-    heads = ("budget", "method", "generated tokens a problem", "pass rate",
-             "method − chains at its own tokens", "p, Holm", "detectable", "of each model",
-             "s.e. over problems")
+    heads = (
+        "budget",
+        "method",
+        "generated tokens a problem",
+        "pass rate",
+        "method − chains at its own tokens",
+        "p, Holm",
+        "detectable",
+        "of each model",
+        "s.e. over problems",
+    )
     return table(heads, lines)
 
+
 def figure(models: list[Model], path: Path) -> None:
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    drawing, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    drawing, (left, right) = pyplot().subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for i, (method, color) in enumerate({"chains": "tab:blue", **METHODS}.items()):
         x, rates = [], []
         for shape in SHAPES:
@@ -267,6 +360,7 @@ def figure(models: list[Model], path: Path) -> None:
     left.legend()
     drawing.savefig(path, dpi=100)
 
+
 def report(folder: Path) -> None:
     models = read_models(folder)
     for seed, model in models.items():
@@ -276,17 +370,29 @@ def report(folder: Path) -> None:
     print(search_table(list(models.values())))
     figure(list(models.values()), folder / "search.png")
 
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(5),
-                        help="of the models and of the search")
+    if sys.argv[1:2] == ["explore"]:
+        return print(json.dumps(explore(sys.argv[2:])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=range(5), help="of the models and of the search"
+    )
     parser.add_argument("--problems", type=int, default=500)
     parser.add_argument("--width", type=int, default=3, help="children of a node in MCTS")
     parser.add_argument("--c", type=float, default=1.0, help="weight of exploration in MCTS")
-    parser.add_argument("--forks", action="store_true", help="no pass rates, only where the forks are")
+    parser.add_argument(
+        "--forks", action="store_true", help="no pass rates, only where the forks are"
+    )
     parser.add_argument("--report", action="store_true", help="table and figure of search.jsonl")
-    parser.add_argument("--out", type=Path, default=RESULTS,
-                        help="folder of search.jsonl and search.png, which a run overwrites")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=RESULTS,
+        help="folder of search.jsonl and search.png, which a run overwrites",
+    )
     options = parser.parse_args()
     if options.report:
         return report(options.out)
@@ -301,6 +407,7 @@ def main() -> None:
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
     report(options.out)
+
 
 if __name__ == "__main__":
     main()

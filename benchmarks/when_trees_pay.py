@@ -13,7 +13,7 @@ of a baseline: an estimator with the ratio 2 needs half the steps for the same r
 noise.
 
 "trees": T steps of 4 actions. Success if action 0 is taken at each decisive step; its rate is that
-of action 0, at every step. Tree-GRPO's tree_rollout, tree_advantages and grpo_loss, and RLOO; a
+of action 0, at every step. Tree-GRPO's tree_search, tree_advantages and grpo_loss, and RLOO; a
 node is a step.
 "tokens": the same with T = 16 tokens, of which the policy is more or less sure. TreeRL's eptree and
 step_rewards.
@@ -38,20 +38,15 @@ import multiprocessing
 import os
 import random
 import statistics
-import sys
-from pathlib import Path
+import unittest.mock
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two processes share a CPU
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.nn.functional as F
-from learning import RESULTS, half_width, read_rows, table
+from common import RESULTS, graph_gpo, half_width, read_rows, table, tree_grpo, treerl
+from released import random_forks
 from torch import Tensor
-
-import graph_gpo
-import tree_grpo
-import treerl
 
 PROMPTS = {"trees": 4000, "tokens": 3000, "graphs": 1000}
 BLOCKS = 20  # of prompts, for the standard errors
@@ -79,7 +74,7 @@ def gradients(probs, rows, actions, A, weight, owner) -> Tensor:
 
     A sequence is a leaf's path or, in a graph, a step. rows, actions: (sequences, length), the row
     of `probs` that a token was drawn from, and the token; A: (sequences,) or (sequences, length);
-    weight: (sequences,), as in the scripts' Sample; owner: (sequences,), the prompt."""
+    weight: (sequences,), as in the scripts' Group; owner: (sequences,), the prompt."""
     logp = probs.log()[rows, actions].requires_grad_()
     loss, _ = tree_grpo.grpo_loss(logp, logp.detach(), None, A, torch.ones_like(logp))
     # of each token's gradient of log pi, the factor in minus the loss; and that gradient
@@ -117,7 +112,7 @@ def distance(g: Tensor, truth: Tensor) -> float:
 
 # --------------------------------------------------------------------------- agent steps: Tree-GRPO
 class Drawn(random.Random):
-    """The paper's choice of nodes, uniform; and what a rule may look at. tree_rollout calls
+    """The paper's choice of nodes, uniform; and what a rule may look at. tree_search calls
     `choices`."""
 
     def weights(self, nodes: list) -> list[float]:
@@ -188,7 +183,7 @@ def leaf_advantages(rewards: tuple, trees: tuple, terms: str) -> list[float]:
 
 
 def grow_trees(probs: Tensor, decisive: tuple, shape: tuple, rule, prompts: int, seed: int):
-    """(the trees of each prompt, by the script's tree_rollout; steps drawn and observations read,
+    """(the trees of each prompt, by the script's tree_search; steps drawn and observations read,
     per prompt)."""
     T, generator, rng = len(probs), torch.Generator().manual_seed(seed), rule(seed)
     drawn = read = 0
@@ -210,7 +205,7 @@ def grow_trees(probs: Tensor, decisive: tuple, shape: tuple, rule, prompts: int,
         if start == 0:
             drawn = read = 0
         groups = [(None, tree_grpo.Node()) for _ in range(batch)]
-        tree_grpo.tree_rollout(play, groups, *shape, rng)
+        tree_grpo.tree_search(play, groups, *shape, rng)
         for _, root in groups:
             rng.observe(root)
         if start >= 0:
@@ -311,24 +306,21 @@ def grow_solutions(probs: Tensor, decisive: tuple, shape: tuple, forks: str, pro
     generator, rng, logs = torch.Generator().manual_seed(0), random.Random(0), probs.log().tolist()
     drawn = 0
 
-    def play(starts):
+    def play(starts, keep):
         nonlocal drawn
         rows = torch.multinomial(probs, len(starts), True, generator=generator).T.tolist()
         for (_, node, tree), row in zip(starts, rows):
             above = [token for n in node.path() for token in n.tokens]
             own = row[len(above) :]
             drawn += len(own)
-            leaf = treerl.Node(node, tree=tree)
-            leaf.add(own, True, [logs[len(above) + t][token] for t, token in enumerate(own)])
+            logps = [logs[len(above) + t][token] for t, token in enumerate(own)]
+            leaf = treerl.Node(node, own, logps, tree=tree)
             leaf.reward = float(all((above + own)[t] == 0 for t in decisive))
 
-    def anywhere(logps, n, allowed):
-        places = allowed.nonzero().flatten().tolist()
-        return rng.sample(places, min(n, len(places)))
-
     groups = [(None, treerl.Node()) for _ in range(prompts)]
-    choose = anywhere if forks == "random" else treerl.fork_points
-    treerl.eptree(play, groups, *shape, lambda problem, leaf: TOKENS, choose)
+    choose = random_forks(rng) if forks == "random" else treerl.fork_points
+    with unittest.mock.patch.object(treerl, "fork_points", choose):
+        treerl.eptree(play, groups, *shape, lambda problem, leaf: TOKENS)
     return [root for _, root in groups], drawn / prompts
 
 

@@ -1,51 +1,176 @@
-"""What the tests share: tiny models of both Qwen architectures, plain forwards to compare with, and what takes long to
-make for the tests of the scripts as seen from outside."""
+"""What the tests share: tiny models of both Qwen architectures, trees that each script's search grows
+with them, and what to compare with: plain forwards, and distributions."""
 
 import copy
-import functools
-import json
-import shutil
-import subprocess
+import random
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-
-pytest.register_assert_rewrite("outside")
 from naive import path_logps
-from outside import ENVIRONMENT, FORKING, make_models
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import graph_gpo
 import tree_grpo
+import treerl
 
 torch.set_num_threads(1)  # the models are too small to gain by more
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
 def tiny_qwen(kind: str, dtype=torch.float32, vocab_size: int = 50):
-    """(model with the scripts' attention, the same model with transformers' own) with sharp random weights."""
-    from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    """(model with the scripts' attention, the same model with transformers' own) with sharp random
+    weights. 1 is the end of a text."""
+    import transformers
 
-    AttentionInterface.register("token_tree", tree_grpo.token_tree)
-    classes = {"qwen2": (Qwen2Config, Qwen2ForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
-    config_class, model_class = classes[kind]
-    config = config_class(
-        vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, tie_word_embeddings=True,
-        initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    transformers.AttentionInterface.register("token_tree", tree_grpo.token_tree)
+    config = getattr(transformers, f"{kind.capitalize()}Config")(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
     )
     torch.manual_seed(0)
-    model = model_class(copy.deepcopy(config)).to(dtype).eval()
-    plain = model_class(config).to(dtype).eval()
-    plain.load_state_dict(model.state_dict())
+    plain = getattr(transformers, f"{kind.capitalize()}ForCausalLM")(config).to(dtype).eval()
+    model = copy.deepcopy(plain)
     model.set_attn_implementation("token_tree")
     return model, plain
 
 
+# -------------------------------------------------------------------- trees of each script's search
+class Letters:
+    """A tokenizer of 50 characters, one token each; 1 is the end, and 0 says nothing."""
+
+    characters = "01 abcdefghijklmnopqrstuvwxyz0123456789.:>\nT#!?-+*"
+    chat_template, eos_token_id = None, 1
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [self.characters.index(c, 2) for c in text]}
+
+    def decode(self, tokens, skip_special_tokens=True):
+        return "".join(self.characters[token] for token in tokens if token > 1)
+
+    def convert_tokens_to_ids(self, token):
+        return None
+
+
+class Ring:
+    """Six places in a circle; an action goes on by the sum of its letters, to success at place 0.
+    It gives no keys of its states."""
+
+    instruction = "Walk round the ring.\n"
+
+    def reset(self, seed=0, options=None):
+        self.at = 1 + seed % 5
+        return self.look(), {"task": f"go from {self.at} to 0."}
+
+    def look(self):
+        return f"place {self.at}" + " and on" * self.at
+
+    def step(self, action):
+        self.at = (self.at + sum(map(ord, action))) % 6
+        won = self.at == 0
+        return self.look(), float(won), won, False, {"valid": len(action) % 3 > 0}
+
+
+def player_in(world, model, tokenizer=None, **how):
+    args = graph_gpo.Args(**{"max_tokens": 3, "max_steps": 5, "K": 4, "tasks": 3, **how})
+    return graph_gpo.Player(model, tokenizer or Letters(), args, world)
+
+
+def turns(model, rng, draws):
+    """A play() for tree_search: at most three turns, each but the last with an observation, which
+    may be empty."""
+
+    def play(starts):
+        live = [tree_grpo.Node(node, tree=tree) for _, node, tree in starts]
+        while live:
+            limits = [rng.randint(1, 20) for _ in live]
+            tree_grpo.sample(model, live, limits, lambda tokens: tokens[-1] == 7, {1}, *draws)
+            going = []
+            for node in live:
+                if node.tokens[-1] == 1 or len(node.path()) > 3:
+                    node.reward = float(sum(node.tokens) % 2)
+                else:
+                    node.tokens += rng.choices(range(2, 50), k=rng.choice([0, 1, 5, 9]))
+                    going.append(tree_grpo.Node(node, tree=node.tree))
+            live = going
+
+    return play
+
+
+def solutions(model, draws, most=30):
+    """A play() for eptree: paths of at most so many tokens after the prompt."""
+
+    def play(starts, keep=False):
+        nodes = [treerl.Node(node, tree=tree) for _, node, tree in starts]
+        limits = [most - treerl.length(node.path()[1:]) for node in nodes]
+        treerl.sample(model, nodes, limits, lambda tokens: False, {1}, *draws, keep=keep)
+        for node in nodes:
+            node.reward = float(sum(node.tokens) % 2)
+
+    return play
+
+
+def grow(script, model, seed=0, temperature=1.0, top_p=1.0, prompts=(3, 17, 30)):
+    """Groups of trees by a script's own search and credit, some of the leaves left out, and the
+    search's counts. The policy is `model`; the task is nonsense."""
+    rng, counts = random.Random(seed), Counter()
+    generator = torch.Generator(model.device).manual_seed(seed)
+    draws = generator, temperature, top_p, counts
+    if script is graph_gpo:
+        player = player_in(Ring, model, history=1, invalid_penalty=0.7)
+        tasks = player.play(range(len(prompts)), 4, generator, temperature, counts)
+        groups = [g for task in tasks for g in graph_gpo.credit(task, len(tasks), player.args)]
+        return groups, counts
+    pairs = [(None, script.Node(tokens=rng.choices(range(2, 50), k=n))) for n in prompts]
+    if script is tree_grpo:
+        tree_grpo.tree_search(turns(model, rng, draws), pairs, 2, 2, 2, rng)
+        args = tree_grpo.Args(M=2, keep=3)
+    else:
+        treerl.eptree(solutions(model, draws), pairs, 3, 2, 2, 2, lambda problem, leaf: 25)
+        args = treerl.Args(keep=9)
+    groups = []
+    for _, root in pairs:
+        leaves, A = script.credit(root, args, rng)
+        A = A.view(len(leaves), -1)
+        groups.append(script.Group(root, leaves, A, 1 / len(leaves) / len(pairs)))
+    return groups, counts
+
+
+def roots_of(groups) -> list:
+    return list(dict.fromkeys(group.root for group in groups))
+
+
+def nodes_of(groups) -> list:
+    return [node for root in roots_of(groups) for node in root.below()]
+
+
+# ------------------------------------------------------------------------------- to compare with
+def assert_stored_logps(plain, leaves, tolerance):
+    """What the sampler stored on each path is what a plain forward of that path gives."""
+    for leaf in leaves:
+        stored = [logp for node in leaf.path() for logp in node.logps]
+        with torch.no_grad():
+            expected = path_logps(plain, leaf.path())
+        assert stored and stored == pytest.approx(expected.tolist(), abs=tolerance)
+
+
 def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
-    """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put together."""
+    """Pearson's statistic and its degrees of freedom, cells with an expectation under 5 put
+    together."""
     n, small, statistic, cells = sum(counts), [0, 0.0], 0.0, 0
     for seen, p in zip(counts, probs.tolist()):
         if n * p < 5:
@@ -58,110 +183,17 @@ def chi_square(counts: list[int], probs: torch.Tensor) -> tuple[float, int]:
     return statistic, cells - 1
 
 
-def assert_stored_logps(plain, leaves, tolerance):
-    """What the sampler stored on each path is what a plain forward of that path gives. Returns these, one per leaf."""
-    found = []
-    for leaf in leaves:
-        stored = [logp for node in leaf.path() for logp, drawn in zip(node.logps, node.sampled) if drawn]
-        with torch.no_grad():
-            found.append(path_logps(plain, leaf.path()))
-        stored = torch.tensor(stored, dtype=found[-1].dtype, device=found[-1].device)
-        assert torch.allclose(stored, found[-1], atol=tolerance, rtol=0)
-    return found
+def p_value(counts: list[int], probs: torch.Tensor) -> float:
+    """How likely draws from `probs` are to be as far from it as these counts."""
+    statistic, freedom = chi_square(counts, probs)
+    return float(torch.special.gammaincc(torch.tensor(freedom / 2), torch.tensor(statistic / 2)))
 
 
-def assert_exact_on_cuda(model, plain, samples, packed_logps, packed):
-    """The sampler's log-probs and the packed ones are those of plain forwards, in the rounding of a GPU."""
-    logps = packed_logps(model, packed)
-    for item, (index, mask) in zip(samples, packed.paths):
-        for expected, row, drawn in zip(assert_stored_logps(plain, item.leaves, 1e-3), logps[index], mask):
-            assert torch.allclose(row[drawn], expected, atol=1e-3, rtol=0)
-
-
-def assert_each_token_is_forwarded_once(model, grow):
-    """Counted at the embedding, not by the script's own counter: pads are given id 0, which nothing else has in the
-    first trees of the many that grow() makes, as (roots, counts), in which the policy never draws it either."""
-    with torch.no_grad():
-        model.lm_head.weight[0] = 0
-    seen = Counter()
-    model.model.embed_tokens.register_forward_hook(lambda module, ids, out: seen.update(ids[0].flatten().tolist()))
-    for _ in range(1000):
-        seen.clear()
-        roots, counts = grow()
-        nodes = [node for root in roots for node in root.below()]
-        if all(0 not in node.tokens for node in nodes):
-            break
-    assert all(0 not in node.tokens for node in nodes)
-    # each token once, but the last of a node once for each branch below it: not at all for a leaf's. In all these are
-    # as many as there are tokens, less one per root, for there are as many nodes below a node as nodes that are no root
-    tokens = sum(len(node.tokens) for node in nodes)
-    assert seen.total() - seen[0] == tokens - len(roots) == counts["forwarded_tokens"]
-    assert counts["generated_tokens"] == sum(sum(node.sampled) for node in nodes)
-    expected = Counter(token for node in nodes for token in node.tokens[:-1])
-    expected += Counter(node.parent.tokens[-1] for node in nodes if node.parent)
-    del seen[0]
-    assert seen == expected
+@pytest.fixture(params=[tree_grpo, treerl, graph_gpo], ids=lambda script: script.__name__)
+def script(request):
+    return request.param
 
 
 @pytest.fixture(params=["qwen2", "qwen3"])
 def architecture(request):
     return request.param
-
-
-# A module that takes the fixtures below says with SCRIPT which script it tests, and with SMALL and FIVE what the
-# arguments of a small run of the built-in task and of five steps are.
-@pytest.fixture(scope="session")
-def fork_server(tmp_path_factory):
-    """fork_server(script, folder, *arguments) runs it there in a copy of one process: much quicker than a new one."""
-    command = [sys.executable, "-c", FORKING]
-    with subprocess.Popen(command, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
-        def quick_run(script, folder, *arguments):
-            output = tmp_path_factory.mktemp("output")
-            message = [str(script.path), str(folder), str(output), list(map(str, arguments))]
-            parent.stdin.write(json.dumps(message) + "\n")
-            parent.stdin.flush()
-            status = int(parent.stdout.readline())
-            stdout, stderr = ((output / name).read_text() for name in ("stdout", "stderr"))
-            return subprocess.CompletedProcess(arguments, status, stdout, stderr)
-
-        yield quick_run
-        parent.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def quick_run(request, fork_server):
-    return functools.partial(fork_server, request.module.SCRIPT)
-
-
-@pytest.fixture(scope="session")
-def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models")
-    make_models(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole(request, tmp_path_factory):
-    """A run of five steps of the built-in task that nobody interrupts: (its folder, the finished process)."""
-    module, folder = request.module, tmp_path_factory.mktemp("whole")
-    return folder / "out", module.SCRIPT.ran(folder, *module.SMALL, *module.FIVE, "--out", "out")
-
-
-@pytest.fixture(scope="module")
-def runs(whole, tmp_path_factory):
-    """Folders for --resume, one good and several that cannot be continued."""
-    folder = tmp_path_factory.mktemp("runs")
-    shutil.copytree(whole[0], folder / "good")
-    (folder / "nothing").mkdir()
-    (checkpoint,) = whole[0].glob("checkpoint-*")
-    state = torch.load(checkpoint / "state.pt", weights_only=True)
-    contents = {"other-script": {**state, "script": "other.py"}, "other-file": {"weights": torch.ones(2)}}
-    (folder / "no-state" / checkpoint.name).mkdir(parents=True)
-    for name, content in contents.items():
-        (folder / name / checkpoint.name).mkdir(parents=True)
-        torch.save(content, folder / name / checkpoint.name / "state.pt")
-    for name, damaged in {"cut-state": "state.pt", "cut-weights": "model.safetensors"}.items():
-        shutil.copytree(whole[0], folder / name)
-        path = folder / name / checkpoint.name / damaged
-        path.write_bytes(path.read_bytes()[:1000])
-    return folder

@@ -30,7 +30,6 @@ from graph_gpo import (
     gigpo_advantages,
     goal_distances,
     graph_advantages,
-    per_group,
     z_scores,
 )
 from tree_grpo import grpo_loss, tree_advantages, z_score
@@ -179,7 +178,7 @@ def test_against_plain_python_on_random_trees():
     ],
 )
 def test_wrong_input_is_refused(rewards, trees):
-    with pytest.raises(ValueError, match="want finite rewards"):
+    with pytest.raises(ValueError, match="want (finite )?rewards"):
         tree_advantages(torch.tensor(rewards), torch.tensor(trees))
 
 
@@ -718,15 +717,10 @@ def test_states_are_whatever_can_be_hashed():
     assert graph_advantages(transitions).tolist() == pytest.approx(expected)
 
 
-def test_per_group_and_z_scores_by_hand():
+def test_z_scores_by_hand():
     # Group a: 1, 3. Group b: 2, 5, 5, that is mean 4, deviations -2, 1, 1, variance 6/2 = 3.
     groups = ["a", "b", "a", "b", "b"]
     values = torch.tensor([1.0, 2, 3, 5, 5])
-    among = per_group(groups)
-    assert among(values, "sum").tolist() == [4, 12, 4, 12, 12]
-    assert among(values, "mean").tolist() == [2, 4, 2, 4, 4]
-    assert among(values, "amin").tolist() == [1, 2, 1, 2, 2]
-    assert among(-values, "amax").tolist() == [-1, -2, -1, -2, -2]  # no 0 comes in from outside
     z = z_scores(values, groups)
     assert z.dtype == torch.float64
     assert z.tolist() == pytest.approx([-1 / SQRT2, -2 / SQRT3, 1 / SQRT2, 1 / SQRT3, 1 / SQRT3])
@@ -930,7 +924,7 @@ def test_advantages_against_the_definition(costs, omega):
 @pytest.mark.parametrize("function", [goal_distances, graph_advantages])
 @pytest.mark.parametrize("cost", [0, -1, -0.0, math.nan, math.inf, -math.inf])
 def test_wrong_costs_are_refused(function, cost):
-    with pytest.raises(ValueError, match="want positive finite costs"):
+    with pytest.raises(ValueError, match="want 0 < cost"):
         function([*walks("abG"), Transition("a", "", "b", 1, cost)])
 
 
@@ -1010,7 +1004,7 @@ def test_gigpo_against_the_definition(gamma):
     ],
 )
 def test_wrong_rewards_and_gamma_are_refused(paths, rewards, gamma):
-    with pytest.raises(ValueError, match="want finite rewards"):
+    with pytest.raises(ValueError, match="want (finite rewards|0 <= gamma)"):
         gigpo_advantages(walks(paths), rewards, gamma)
 
 

@@ -47,7 +47,11 @@ def test_signal_to_noise_by_hand():
     # two values of equal weight, 1 and 3 along u and +-1 across: mean 2, variance 1 + 1; at a cost of 5: 4 / 2 / 5
     g = torch.tensor([[1.0, 1.0], [3.0, -1.0], [1.0, -1.0], [3.0, 1.0]] * 10, dtype=torch.float64)
     value, error, cosine = pay.marks(g, torch.tensor([7.0, 0.0], dtype=torch.float64), 5.0).values()
-    assert value == pytest.approx(math.log(4 / 2 / 5)) and 0 <= error < 1 and cosine == pytest.approx(1)
+    assert (
+        value == pytest.approx(math.log(4 / 2 / 5))
+        and 0 <= error < 1
+        and cosine == pytest.approx(1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +61,9 @@ def last_of_four():
 
 
 def test_rloo_on_chains_is_unbiased(last_of_four):
-    assert 0.3 < last_of_four[pay.CHAINS, "rloo"]["off"] < 2  # root mean square of standard errors: near 1
+    assert (
+        0.3 < last_of_four[pay.CHAINS, "rloo"]["off"] < 2
+    )  # root mean square of standard errors: near 1
 
 
 def test_estimators_point_along_the_gradient(last_of_four):
@@ -74,7 +80,10 @@ def test_a_tree_pays_for_the_last_decision_and_not_for_the_first(last_of_four):
 
 def test_steps_are_counted(last_of_four):
     chains = last_of_four[pay.CHAINS, "inter"]
-    assert (chains["drawn"], chains["read"]) == (16, 12)  # 4 chains of 4 steps, between which 3 observations are read
+    assert (chains["drawn"], chains["read"]) == (
+        16,
+        12,
+    )  # 4 chains of 4 steps, between which 3 observations are read
     # two trunks and four forks of (4 + 3 + 2 + 1) / 4 steps, before whose last one nothing is read
     tree = last_of_four[pay.TREE, "both"]
     assert tree["drawn"] == pytest.approx(8 + 4 * 2.5, rel=0.02)
@@ -85,7 +94,9 @@ def test_steps_are_counted(last_of_four):
 
 def test_token_credits_and_segments():
     rows = {row["arm"]: row for row in pay.tokens_job("tokens 3, 8, 14, unsure everywhere", 100)}
-    assert rows["18 chains, RLOO"]["drawn"] == 18 * pay.TOKENS and rows["18 chains, RLOO"]["off"] < 2.5
+    assert (
+        rows["18 chains, RLOO"]["drawn"] == 18 * pay.TOKENS and rows["18 chains, RLOO"]["off"] < 2.5
+    )
     assert rows["6, 2, 1, 2"]["drawn"] > 6 * pay.TOKENS and rows["6, 2, 1, 2"]["cosine"] > 0.8
 
 
@@ -95,7 +106,9 @@ def test_the_gradient_of_success_in_a_world():
     assert pay.SUCCESS_RATE == pytest.approx(J, abs=1e-6)
     moved = probs.log()
     moved[2, 1] += 1e-5  # softmax normalises
-    assert (pay.success_gradient(leads, moved.softmax(-1))[1] - J) / 1e-5 == pytest.approx(found[2, 1].item(), abs=1e-5)
+    assert (pay.success_gradient(leads, moved.softmax(-1))[1] - J) / 1e-5 == pytest.approx(
+        found[2, 1].item(), abs=1e-5
+    )
     rng, won = random.Random(0), 0
     for _ in range(3000):
         state = 0
@@ -121,7 +134,11 @@ def test_mixed_and_few_look_at_the_leaves():
     c = Node(root, [4])
     d = Node(c, [5])
     d.reward = 1.0
-    assert pay.Mixed(0).weights([root, s, c]) == [0, 1, 0]  # the deepest node with leaves that differ
+    assert pay.Mixed(0).weights([root, s, c]) == [
+        0,
+        1,
+        0,
+    ]  # the deepest node with leaves that differ
     assert pay.Few(0).weights([root, s, c]) == pytest.approx([1 / 3, 1 / 2, 1])
     s.children[1].reward = 1.0
     assert pay.Mixed(0).weights([root, s, c]) == [1, 1, 1]  # nothing is known: uniform
@@ -130,11 +147,16 @@ def test_mixed_and_few_look_at_the_leaves():
 def test_learned_forks_go_where_rewards_differ():
     rule = pay.Learned(0)
     root, s = small_tree()
-    assert rule.weights([root, s]) == pytest.approx([0.9 / 3 + 0.05, 0.9 * 2 / 3 + 0.05])  # by the steps left, 2 and 1
+    assert rule.weights([root, s]) == pytest.approx(
+        [0.9 / 3 + 0.05, 0.9 * 2 / 3 + 0.05]
+    )  # by the steps left, 2 and 1
     for _ in range(100):
         rule.observe(root)
     # one leaf of two is right at both depths, so that both variances are 1/2
-    assert rule.squares == {0: pytest.approx(50), 1: pytest.approx(50)} and rule.freedom == {0: 100, 1: 100}
+    assert rule.squares == {0: pytest.approx(50), 1: pytest.approx(50)} and rule.freedom == {
+        0: 100,
+        1: 100,
+    }
     s.children[1].reward = 1.0  # now the leaves below s agree, and those below the root do not
     Node(root, [4]).reward = 0.0
     rule = pay.Learned(0)
@@ -150,7 +172,7 @@ def test_learned_forks_make_as_many_leaves():
                 node = Node(node, [0], tree=tree)
             node.reward = random.random()
 
-    learned, root = learning.learned_rollout(), Node()
+    learned, root = learning.learned_search(), Node()
     learned(play, [("a question", root)], 2, 2, 1, random.Random(0))
     assert len(root.leaves()) == 6 and Counter(leaf.tree for leaf in root.leaves()) == {0: 3, 1: 3}
 
@@ -160,7 +182,7 @@ def test_a_question_is_decided_in_one_turn(turn):
     """Who is right in that turn is right, who is mistaken is wrong, and no search is ambiguous."""
     rng, wrong = random.Random(turn), 0
     for _ in range(100):
-        question = learning.hard_question(turn, rng, held_out=False)
+        question = learning.hard_question(turn, rng, 3, held_out=False)
         for mistaken in (False, True):
             names = [question.start]
             for number, relation in enumerate(question.relations, 1):
@@ -175,14 +197,12 @@ def test_a_question_is_decided_in_one_turn(turn):
     assert 70 <= wrong <= 90
 
 
-def test_hard_questions_are_what_the_script_asks(monkeypatch):
-    told = {**learning.decisive(1), "steps": 1}
-    for name in ("make_question", "demonstrate", "Agent", "update", "built_in_model"):
-        monkeypatch.setattr(tree_grpo, name, getattr(tree_grpo, name))
-    monkeypatch.setattr(tree_grpo, "built_in_model", lambda args, device, folder: (None, None))
-    learning.set_up(told, 0, "nowhere")
-    question = tree_grpo.make_question(random.Random(0), 3, "late", False)
-    turns = tree_grpo.demonstrate(question, "late", random.Random(0))
-    first = [turns[0][0] for turns in (tree_grpo.demonstrate(question, "late", random.Random(i)) for i in range(20))]
+def test_hard_questions_are_what_the_script_asks():
+    kept, setting = tree_grpo.make_question, learning.WHERE["decisive turn 1 of 4"]
+    with learning.task_of(setting):
+        question = tree_grpo.make_question(random.Random(0), 3, False)
+        asked = [tree_grpo.demonstrate(question, random.Random(i)) for i in range(20)]
+    assert tree_grpo.make_question is kept
     mistaken = learning.MISTAKEN[question.relations[0]]
-    assert len(turns) == 4 and 12 <= sum(f"next {mistaken}<" in text for text in first) <= 19
+    assert {len(turns) for turns in asked} == {4}
+    assert 12 <= sum(f"next {mistaken}<" in turns[0][0] for turns in asked) <= 19
