@@ -85,10 +85,8 @@ def goal_distances(transitions: list[Transition]) -> dict[object, float]:
             for before, cost in into.get(state, []):
                 heapq.heappush(heap, (distance + cost, next(order), before))
     beyond = max(d.values()) + 1  # d_max + 1, where there is no way
-    for t in transitions:
-        d.setdefault(t.state, beyond)
-        d.setdefault(t.next_state, beyond)
-    return d
+    states = [SUCCESS, *(s for t in transitions for s in (t.state, t.next_state))]
+    return {state: d.get(state, beyond) for state in states}
 
 
 def z_scores(values: Tensor, groups: list) -> Tensor:
@@ -885,14 +883,10 @@ LIDDED = ("fridge", "microwave", "cabinet", "chest", "drawer", "wardrobe", "hamp
 TREATED = {"clean": ("sink", "washed"), "heat": ("microwave", "hot"), "cool": ("fridge", "cold")}
 THINGS = ("mug", "plate", "apple", "bread", "towel", "cup", "pan")
 VERBS = ("go", "open", "take", "put", *TREATED)
-WORDS = [f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain")]
-WORDS += " door| hand|Task: put a| into the| of the|.\n|You are in the| at the|. It is| open".split(
-    "|"
-)
-WORDS += " shut| nothing|. You see:|. You hold:|. The| is in the|, in the|Nothing happens. ".split(
-    "|"
-)
-WORDS += VERBS
+HOUSE_WORDS = [f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain")]
+HOUSE_WORDS += " door| hand|Task: put a| into the| of the|.\n|You are in the| at the".split("|")
+HOUSE_WORDS += ". It is| open| shut| nothing|. You see:|. You hold:|. The| is in the".split("|")
+HOUSE_WORDS += [", in the", "Nothing happens. ", *VERBS]
 
 
 class House:
@@ -911,7 +905,7 @@ class House:
 open <place>, take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge).
 The hall leads to kitchen, lounge, bedroom and bathroom. Think briefly, then write
 <action>...</action>.\n\n"""
-    words = tuple(WORDS)
+    words = tuple(HOUSE_WORDS)
 
     def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
         rng, held_out = random.Random(seed), bool((options or {}).get("held_out"))
@@ -1223,7 +1217,7 @@ def load_env(spec: str):
 
 def built_in_model(args, make_env, device: torch.device):
     """The tiny model, warm-started on single steps of the world's demonstrator."""
-    model, tokenizer = tiny_model([*make_env().words], device, args.seed)
+    model, tokenizer = tiny_model(make_env().words, device, args.seed)
     player, paths = Player(model, tokenizer, args, make_env), []
     rng = random.Random(f"{args.seed}/demonstrations")
     while len(paths) < 128 * args.sft_steps:
@@ -1306,7 +1300,7 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words: list[str], device: torch.device, seed: int):
+def tiny_model(words, device: torch.device, seed: int):
     """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
     given words."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -1315,7 +1309,7 @@ def tiny_model(words: list[str], device: torch.device, seed: int):
     quiet_transformers()
     alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(words)
+    tokenizer.add_tokens(list(words))
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}

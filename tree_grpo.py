@@ -209,7 +209,7 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        (out / "tree.md").write_text(picture(agent, groups), "utf-8", "replace")
+        (out / "tree.md").write_text(picture(agent, prompts, groups), "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, evaluate(agent))
@@ -974,7 +974,7 @@ class Agent:
             live = going
 
 
-def picture(agent: Agent, groups: list[Group]) -> str:
+def picture(agent: Agent, prompts: list[tuple], groups: list[Group]) -> str:
     """The trees of a prompt, whose rewards differ if possible, in green or red by the mean
     advantage of the leaves below a node."""
     mixed = [group for group in groups if len({leaf.reward for leaf in group.leaves}) > 1]
@@ -988,8 +988,9 @@ def picture(agent: Agent, groups: list[Group]) -> str:
         if node.reward is not None:
             note = f"R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
         notes.append(note)
-    prompt = agent.tokenizer.decode(group.root.tokens[-60:], skip_special_tokens=True)
-    return mermaid(nodes, [prompt, *(agent.text(node) for node in nodes[1:])], notes, values)
+    words = [question.text for question, root in prompts if root is group.root]
+    words += [agent.text(node) for node in nodes[1:]]
+    return mermaid(nodes, words, notes, values)
 
 
 # ---------------------------------------------------------------------------- built-in questions
@@ -1180,7 +1181,7 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words: list[str], device: torch.device, seed: int):
+def tiny_model(words, device: torch.device, seed: int):
     """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
     given words."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -1189,7 +1190,7 @@ def tiny_model(words: list[str], device: torch.device, seed: int):
     quiet_transformers()
     alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(words)
+    tokenizer.add_tokens(list(words))
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}

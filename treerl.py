@@ -277,7 +277,7 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        (out / "tree.md").write_text(picture(solver, groups), "utf-8", "replace")
+        (out / "tree.md").write_text(picture(solver, prompts, groups), "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, evaluate(solver))
@@ -994,7 +994,7 @@ class Solver:
             node.reward = float(node.tokens[-1] in self.eos and is_right(answer, problem))
 
 
-def picture(solver: Solver, groups: list[Group]) -> str:
+def picture(solver: Solver, prompts: list[tuple], groups: list[Group]) -> str:
     """The trees of a prompt, whose rewards differ if possible, their segments in green or red by
     the sign of R(s)."""
     mixed = [g for g in groups if len({leaf.reward for leaf in g.root.leaves()}) > 1]
@@ -1009,8 +1009,8 @@ def picture(solver: Solver, groups: list[Group]) -> str:
             note += ", right" if node.reward else ", wrong"
             note += "" if node in group.leaves else ", not kept"
         notes.append(note)
-    prompt = solver.text(group.root.tokens[-60:])
-    words = [prompt, *(solver.text(node.tokens) for node in nodes[1:])]
+    words = [problem.text for problem, root in prompts if root is group.root]
+    words += [solver.text(node.tokens) for node in nodes[1:]]
     return mermaid(nodes, words, notes, [R[node] for node in nodes])
 
 
@@ -1164,7 +1164,7 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words: list[str], device: torch.device, seed: int):
+def tiny_model(words, device: torch.device, seed: int):
     """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
     given words."""
     from tokenizers.pre_tokenizers import ByteLevel
@@ -1173,7 +1173,7 @@ def tiny_model(words: list[str], device: torch.device, seed: int):
     quiet_transformers()
     alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
     tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(words)
+    tokenizer.add_tokens(list(words))
     size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
     room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
