@@ -47,8 +47,9 @@ def memory_needed(model, args, prompts: int, prompt: int, lanes: int, leaves: in
     W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
     groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
     parameters = sum(p.numel() for p in model.parameters())
-    copies = (size == 2) + bool(args.kl_coef)  # the one that samples, the reference
-    weights = (12 + size * copies) * parameters  # float32, with AdamW's two averages
+    weights = 12 * parameters  # float32, with AdamW's two averages
+    weights += 2 * parameters if size == 2 else 0  # the copy that samples
+    weights += 4 * parameters if args.kl_coef else 0  # the reference
 
     kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
     # Lanes are made again when full. The new ones are beside the nodes, which hold what was sampled,
