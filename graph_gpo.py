@@ -409,7 +409,8 @@ class Lanes:
             self.length.append(sum(above.cached for above in path[1:]))
         longest = max(n + len(new) for n, new in zip(self.length, self.new))
         self.room = longest + max(64, longest // 2)
-        P, S = max(root.cached for root in rows), self.room + 1  # the last slot is for pads
+        # The last slot of a lane is for pads. P is 1 at least: kernels may refuse empty matrices.
+        P, S = max(1, *(root.cached for root in rows)), self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
 
