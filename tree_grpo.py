@@ -1220,13 +1220,16 @@ def resume_run(args, given: set[str]):
     """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
     folder, and its state. BadInput if there is none, or if other arguments are given."""
     try:
-        folder = max(Path(args.resume).glob("checkpoint-*/state.pt")).parent
+        found = sorted(Path(args.resume).glob("checkpoint-*/state.pt"))
+        if not found:
+            raise ValueError("there is no checkpoint in it")
+        folder = found[-1].parent
         state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         if state["script"] != Path(__file__).name:
             raise ValueError(f"it is a run of {state['script']}")
         saved = type(args)(**state["args"])
     except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no run to continue ({error!r})") from None
+        raise BadInput(f"--resume {args.resume}: no run to continue ({str(error)[:150]})") from None
     changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
     if extra := given - changeable - {"resume"}:
         flag = min(extra).replace("_", "-")
@@ -1365,6 +1368,8 @@ def read_records(path: str, parse, wanted: str) -> list:
             item = parse(json.loads(record) if isinstance(record, str) else record)
             if item is not None:
                 found.append(item)
+    except OSError as error:
+        raise BadInput(f"--data {path}: {error.strerror}; give a data file") from None
     except Exception as error:  # noqa: BLE001 (a file may hold anything)
         where = f"record {number}: " if number else ""
         reason = f"{type(error).__name__}: {str(error)[:150]}"
@@ -1431,8 +1436,8 @@ class Args:
     epochs: int = arg(1, "gradient steps per batch")
     lr: float = arg(0.0, "learning rate (default: 1e-6 with --model, 5e-4 without)")
     warmup: int = arg(10, "steps of linear learning rate warm-up")
-    clip_low: float = arg(0.2, "the ratio is clipped below 1 - clip_low (1 if --epochs is 1)")
-    clip_high: float = arg(0.2, "the ratio is clipped above 1 + clip_high")
+    clip_low: float = arg(0.2, "the ratio, which is 1 with --epochs 1, is clipped below 1 - this")
+    clip_high: float = arg(0.2, "the ratio is clipped above 1 + this")
     kl_coef: float = arg(0.001, "beta, weight of the KL to the starting model (0: none)")
     temperature: float = arg(1.0, "of the draws in training")
     top_p: float = arg(1.0, "nucleus of the draws in training")
@@ -1563,9 +1568,10 @@ def main(argv: list[str]) -> None:
     train(args, model, reference, agent, state)
 
 
-if __name__ == "__main__":
+def cli(argv: list[str]) -> None:
+    """main(), but what stops it is said in a line."""
     try:
-        main(sys.argv[1:])
+        main(argv)
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
@@ -1576,3 +1582,7 @@ if __name__ == "__main__":
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)
+
+
+if __name__ == "__main__":
+    cli(sys.argv[1:])

@@ -197,6 +197,16 @@ def main() -> None:
     parser.add_argument("--random-forks", action="store_true")
     parser.add_argument("--late", action="store_true")
     options, others = parser.parse_known_args()
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
+    fitting = {
+        "tree_grpo": {"late"},
+        "treerl": {"random_forks"},
+        "graph_gpo": {"penalty_in_return", "merge_similarity", "dynamic_sampling"},
+    }
+    for name in sorted(given - {"script"} - fitting[options.script]):
+        parser.error(f"--{name.replace('_', '-')} is not for {options.script}")
+    if not 0 < options.merge_similarity <= 1:
+        parser.error("--merge-similarity: give a number above 0, at most 1")
     how = {"similarity": options.merge_similarity, "penalty_in_return": options.penalty_in_return}
     play = dynamic_sampling(options.dynamic_sampling)
     with contextlib.ExitStack() as stack:
@@ -208,7 +218,7 @@ def main() -> None:
             stack.enter_context(mock.patch.object(treerl, "fork_points", forks))
         if options.late:
             stack.enter_context(late())
-        SCRIPTS[options.script].main(others)
+        SCRIPTS[options.script].cli(others)
 
 
 if __name__ == "__main__":
