@@ -65,10 +65,10 @@ class Transition(NamedTuple):
 
 
 def goal_distances(transitions: list[Transition]) -> dict[object, float]:
-    """Distance d(s) of each state to success in the graph of all transitions of a task (GraphGPO,
-    section 3.1): the least sum of costs on a way to SUCCESS, itself at 0; where there is no way,
-    the largest of these plus 1. Dijkstra, O((V + E) log V). ValueError for no transitions, costs
-    that are not positive and finite, or a transition that leaves SUCCESS."""
+    """Distance d(s) of each state to success in the graph of all transitions of a task (GraphGPO):
+    the least sum of costs on a way to SUCCESS, itself at 0; where there is no way, the largest of
+    these plus 1. Dijkstra, O((V + E) log V). ValueError for no transitions, costs that are not
+    positive and finite, or a transition that leaves SUCCESS."""
     if not transitions:
         raise ValueError("want at least one transition")
     into = {}  # state -> (state before, cost) of each edge that leads there
@@ -106,7 +106,7 @@ def z_scores(values: Tensor, groups: list) -> Tensor:
 
 
 def graph_advantages(transitions: list[Transition], omega: float = 0.1) -> Tensor:
-    """A_G of each transition of one task's rollouts (GraphGPO, section 3.2): z-score of its reward
+    """A_G of each transition of one task's rollouts (GraphGPO): z-score of its reward
     R_G among all that leave the same state, whatever became of their rollouts. Returns
     (len(transitions),), float64; 0 without any success. ValueError as in goal_distances, and for
     omega outside (0, 1)."""
@@ -154,9 +154,9 @@ def episode_advantages(returns: Tensor) -> Tensor:
 
 
 def advantages(task: Task, args) -> Tensor:
-    """Advantage of each step of a task's rollouts: beta_graph A_G + beta_episode A_E (GraphGPO,
-    section 3.3), less the penalty of an invalid action; with --method gigpo its step term for A_G,
-    with grpo none."""
+    """Advantage of each step of a task's rollouts: beta_graph A_G + beta_episode A_E (GraphGPO),
+    less the penalty of an invalid action; with --method gigpo its step term for A_G, with grpo
+    none."""
     transitions = [step.transition for step in task.steps]
     A = args.beta_episode * episode_advantages(task.returns)[[t.trajectory for t in transitions]]
     if args.method == "graph_gpo":
@@ -252,7 +252,7 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
         seeds = [rng.getrandbits(32) for _ in range(args.tasks)]
         tasks = player.play(seeds, args.K, generator, args.temperature, counts)
 
-        # 2. Credit: A_G and A_E (sections 3.1 to 3.3).
+        # 2. Credit: beta_graph A_G + beta_episode A_E.
         groups = [group for task in tasks for group in credit(task, len(tasks), args)]
         sampled = time.perf_counter()
 

@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- TreeRL: the method
 def step_rewards(parents: list[int], leaf_rewards: dict[int, float]) -> Tensor:
-    """Process reward R(s) of each node s of one prompt's tree (TreeRL, section 3.2).
+    """Process reward R(s) of each node s of one prompt's tree (TreeRL).
 
     parents: of each node, before it; -1 of node 0, the root, that is the prompt, which gets 0.
     leaf_rewards: of each node without children. Returns (nodes,) in float64. ValueError for parents
@@ -73,7 +73,7 @@ def step_rewards(parents: list[int], leaf_rewards: dict[int, float]) -> Tensor:
     V = torch.tensor(total, dtype=torch.float64) / L  # V(s), their mean reward
     G_A = V - V[0]  # global advantage
     L_A = V - V[list(parents)]  # local advantage
-    R = (G_A + L_A) / L.sqrt()  # R(s), section 3.2
+    R = (G_A + L_A) / L.sqrt()  # R(s)
     R[0] = 0
     return R
 
@@ -86,7 +86,7 @@ def leave_one_out(rewards: Tensor) -> Tensor:
 
 
 def fork_points(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
-    """The n most uncertain sampled tokens of a tree (EPTree, section 3.1): largest H = -log pi of
+    """The n most uncertain sampled tokens of a tree (EPTree): largest H = -log pi of
     the token itself first, of equals the earlier; fewer if fewer are allowed. logps: (P,), in nats,
     of all branches; allowed: (P,), bool."""
     order = logps.masked_fill(~allowed, math.inf).argsort(stable=True)
@@ -249,13 +249,13 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
         draws = generator, args.temperature, args.top_p, counts
         play = functools.partial(solver.play, draws)
 
-        # 1. Search (EPTree, section 3.1).
+        # 1. Search (EPTree).
         prompts = [(problem, solver.root(problem)) for problem in solver.problems(step, rng)]
         for part in batches(prompts, args.at_once):
             eptree(play, part, args.M, args.N, args.L, args.T, solver.answer_at)
             forget(node for _, root in part for node in root.below())
 
-        # 2. Credit: R(s) (section 3.2). The loss is a mean over a prompt's leaves, then prompts.
+        # 2. Credit: R(s). The loss is a mean over a prompt's leaves, then prompts.
         groups, keep = [], random.Random(f"{args.seed}/{step}/keep")
         for _, root in prompts:
             leaves, advantages = credit(root, args, keep)
