@@ -564,6 +564,15 @@ def compute(model, nodes: list[Node]) -> None:
             lanes.store(b)
 
 
+def compute_roots(model, nodes: list[Node]) -> list[Node]:
+    """compute() for the roots above the nodes where it was not done yet. Returns these."""
+    roots = dict.fromkeys(node.path()[0] for node in nodes)
+    missing = [root for root in roots if root.kv is None]
+    if missing:
+        compute(model, missing)
+    return missing
+
+
 def record(step, generator):
     """A CUDA graph of step(). Recording runs nothing; each replay() runs it all, with other random
     numbers."""
@@ -623,9 +632,7 @@ def sample(
     last one is not counted), generated_tokens and entropy (their sum, in nats).
     FloatingPointError if a log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    roots = [root for root in dict.fromkeys(node.path()[0] for node in nodes) if root.kv is None]
-    if roots:
-        compute(model, roots)
+    roots = compute_roots(model, nodes)
     lanes = Lanes(model, nodes)
     counts["forwarded_tokens"] += length(roots) - len(roots)
     counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
