@@ -18,17 +18,16 @@ The algorithm, of which `train` is the loop:
 
 Steps in the same state have the same prompt, whose keys and values they share, and which they are
 trained on once: the engine, below the loop. Its text is that of the other two scripts, so it has
-more than is needed here (top-p, Node.tree).
-Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
+more than is needed here (top-p, Node.tree)."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
 import heapq
-import importlib
 import importlib.util
 import itertools
 import json
@@ -185,37 +184,26 @@ def credit(task: Task, tasks: int, args) -> list[Group]:
 
 # ----------------------------------------------------------------------------------------- the loss
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
+    logp, old_logp, ref_logp, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
 
-    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
-    without any), which the caller divides by the prompt's sequences, Eq. 8's G, and by the prompts;
-    and sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their
-    gradient), kl (nats).
-
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
     is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
-    ValueError unless kl_coef is 0."""
+    ValueError unless kl_coef is 0. Returns the sum over sequences of the mean over each sequence's
+    own sampled tokens (0 for one without any), which the caller divides by the prompt's sequences,
+    Eq. 8's G, and by the prompts; and sums over sampled tokens: their number, clipped (the clip
+    takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
-
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -torch.minimum(plain, clipped)  # Eq. 8, with its KL below
-
     gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
     gap = gap.masked_fill(~mask, 0)
     kl = gap.exp() - gap - 1
@@ -227,21 +215,22 @@ def grpo_loss(
 
 # ------------------------------------------------------------------------------- the training loop
 def train(args, model, reference, player: Player, state: dict | None) -> None:
-    """player.model samples: `model` itself, or its copy in bfloat16. state: a checkpoint's, to go
-    on from, or None."""
+    """player.model samples: `model`, or its copy in bfloat16. state: a checkpoint's, or None."""
     out, tokenizer = Path(args.out), player.tokenizer
-    optimizer = new_optimizer(model, args, state)
-    first = state["step"] if state else 0
-    log = Log(args, state["metrics"] if state else 0)
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    first, size = (state["step"], state["metrics"]) if state else (0, 0)
+    log = open_log(args, size)
     if not state:
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if first == 0:
         log("eval", 0, player.evaluate())
-    signals = catch_signals()
+    signals, picture = catch_signals(), load_beside("pictures.py")
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
-        peak_gb(model.device)  # counts from here on
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
         rng = random.Random(f"{args.seed}/{step}")
@@ -258,7 +247,8 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
 
         # 3. Update; then the sampler gets the new weights.
         row = update(model, reference, optimizer, groups, args)
-        copy_weights(model, player.model)
+        if player.model is not model:
+            player.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
         n = args.K * len(tasks)
@@ -269,11 +259,13 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
         row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
-        row["peak_gb"] = peak_gb(model.device)
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        (out / "graph.md").write_text(picture(tasks, args), "utf-8", "replace")
+        if picture:
+            drawn = picture(sys.modules[__name__], tasks, args)
+            (out / "graph.md").write_text(drawn, "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, player.evaluate())
@@ -286,9 +278,9 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
 
 
 # ==================================================================================================
-# The engine: the same text in all three scripts, to be read once. It computes what tests/naive.py
-# does with one forward per path, but fast: branches share the keys and values above them when they
-# are sampled, and each token of a tree is trained on once.
+# The engine: the same text in all three scripts, to be read once. It does what tests/naive.py does
+# with one forward per path, but fast: branches share the keys and values above them when they are
+# sampled, and each token of a tree is trained on once.
 # ==================================================================================================
 @dataclass(eq=False)
 class Node:
@@ -296,9 +288,9 @@ class Node:
     (Tree-GRPO), a segment between forks (TreeRL), an action (GraphGPO).
 
     The first len(logps) of its tokens were drawn by the policy and carry loss; the others, a prompt
-    or an observation, were not. `kv`, while in use: kv[..., j, :] is of the token *before*
-    tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
-    So what begins below a node finds all but the node's last token there, and runs that again."""
+    or an observation, were not. kv[..., j, :] is of the token *before* tokens[j] on the path, whose
+    forward predicts tokens[j] (of a root: of all but its last token). So what begins below a node
+    finds all but the node's last token there, and runs that again."""
 
     parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
@@ -314,18 +306,11 @@ class Node:
 
     def path(self) -> list[Node]:
         """The nodes from the root to this one."""
-        nodes = [self]
-        while nodes[-1].parent:
-            nodes.append(nodes[-1].parent)
-        return nodes[::-1]
+        return [*(self.parent.path() if self.parent else []), self]
 
     def below(self) -> list[Node]:
         """This node and all under it, a child with all under it before the next child."""
-        nodes, stack = [], [self]
-        while stack:
-            nodes.append(stack.pop())
-            stack += reversed(nodes[-1].children)
-        return nodes
+        return [self, *(node for child in self.children for node in child.below())]
 
     def leaves(self) -> list[Node]:
         return [node for node in self.below() if not node.children]
@@ -354,8 +339,7 @@ def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
 
 
 def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """The attention that transformers calls in each layer. `attend`, which is handed through the
-    model's keyword arguments, does it."""
+    """What transformers calls in each layer: `attend`, handed through the model's arguments."""
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -381,15 +365,15 @@ class Lanes:
 
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
     own, in `own`. A new token attends to both: two score matrices, one softmax. A lane has `room`
-    for some more tokens. When one is full, or when most lanes idle, what was computed is stored in
-    the nodes, and new Lanes go on from there.
+    for some more tokens. When one is full, or most lanes idle, what was computed is stored in the
+    nodes, and new Lanes go on from there.
 
     Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
     the tokens that were not run yet. `at` and `token` are copies of length and of the last of new
     on the device, which `step` advances.
 
-    Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
-    them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
+    Shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of them, n new
+    tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
         self.model, self.graph, device = model, None, model.device
@@ -399,7 +383,6 @@ class Lanes:
             rows.setdefault(node.path()[0], []).append(node)
         self.W = max(map(len, rows.values()))
         self.grid = [node for row in padded(list(rows.values()), None) for node in row]
-
         self.length, self.new, paths = [], [], []
         for node in self.grid:
             path = node.path() if node else []
@@ -413,7 +396,6 @@ class Lanes:
         P, S = max(1, *(root.cached for root in rows)), self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
-
         # What a step reads and writes, in places that stay.
         prompt = torch.tensor([root.cached for root in rows], device=device)
         self.prompt = prompt.repeat_interleave(self.W)  # (B,), how long each lane's prompt is
@@ -423,8 +405,8 @@ class Lanes:
         self.drawn = torch.zeros(3, len(self.grid), dtype=dtype, device=device)
 
     def catch_up(self) -> None:
-        """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
-        score matrix must not get too large."""
+        """Run what is new in each lane but for the last token, which `step` runs; in pieces, so
+        that no score matrix gets too large."""
         keys = self.shared.shape[4] + self.room
         heads = self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
@@ -440,10 +422,9 @@ class Lanes:
 
     def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
         """Run ids (B, n), of which the first count[b] are lane b's, from slot at[b] on; of a lane
-        `seen` slots are looked at. Returns the last hidden states, (B, n, width).
-
-        Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
-        one: a CUDA graph cannot hold that."""
+        `seen` slots are looked at. Returns the last hidden states, (B, n, width). Nothing in here,
+        nor in `step`, hands the device a value or asks it for one: a CUDA graph cannot hold that.
+        """
         (B, n), P, device = ids.shape, self.shared.shape[4], ids.device
         column = torch.arange(n, device=device)
         slot = self.at[:, None] + column  # (B, n), where a token goes
@@ -453,7 +434,6 @@ class Lanes:
         visible = torch.cat([prompt.expand(B, n, P), own], -1)[:, None]
         mask = self.drawn.new_zeros(()).where(visible, -torch.inf)  # (B, 1, n, P + seen)
         target = slot.where(column < count[:, None], self.room)  # a pad goes where nobody looks
-
         attend = functools.partial(self.attend, target, mask)
         position = slot + self.prompt[:, None]
         out = self.model.model(ids, position_ids=position, use_cache=False, attend=attend)
@@ -468,7 +448,6 @@ class Lanes:
         own[:, :, lane, target] = torch.stack([k, v]).transpose(1, 2)
         shared_k, shared_v = shared.flatten(1, 2)  # (h R, P, D)
         own_k, own_v = own[..., :seen, :].flatten(1, 2)  # (h B, seen, D)
-
         # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
         # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
         gn = heads // h * n
@@ -498,8 +477,8 @@ class Lanes:
         self.at += 1
 
     def decode(self, steps: int, temperature: float, top_p: float, generator):
-        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
-        and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
+        """Draw `steps` tokens in each lane: tokens, log-probs and entropies, lists (steps, B). On
+        CUDA a step, a thousand kernels, is recorded once and then launched as one."""
         seen = self.room if self.recorded else max(self.length) + steps
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
@@ -510,7 +489,12 @@ class Lanes:
                 self.graph.replay()
             else:
                 step()  # once as it is: what a first call sets up cannot be recorded
-                self.graph = record(step, generator) if self.recorded else None
+            if self.recorded and self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                if generator is not None:
+                    self.graph.register_generator_state(generator)
+                with torch.cuda.graph(self.graph):
+                    step()  # this runs nothing; each replay() runs it all
             drawn.append(self.drawn.clone())
         tokens, logps, entropies = torch.stack(drawn, 1)
         return tokens.long().tolist(), logps.tolist(), entropies.tolist()
@@ -524,18 +508,10 @@ class Lanes:
                 node.kv = self.own[:, :, :, b, start:end].clone()
             start = end
 
-    def serve(self, live: list[int], steps: int) -> bool:
-        """Can these lanes go on for so many tokens? Not if there is no room, nor if they would fit
-        into three quarters of the lanes (into half of them where a step has to be recorded)."""
-        rows = Counter(b // self.W for b in live)
-        share = len(rows) * max(rows.values()) / len(self.grid)
-        enough = share > (0.5 if self.recorded else 0.75)
-        return enough and max(self.length) + steps <= self.room
-
 
 def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
-    """The keys and values that the nodes of each path hold, one after the other and zeros after
-    them: (layers, 2, KV heads, paths, room, head size)."""
+    """The keys and values that the nodes of each path hold, in a row, then zeros: (layers, 2, KV
+    heads, paths, room, head size)."""
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
@@ -550,34 +526,17 @@ def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
 
 
 @torch.inference_mode()
-def compute(model, nodes: list[Node]) -> None:
-    """The keys and values of prompts, roots or nodes below computed roots, but for the last token
-    of each, which each branch runs itself."""
-    lanes = Lanes(model, nodes)
-    lanes.catch_up()
-    for b, node in enumerate(lanes.grid):
-        if node:
-            lanes.store(b)
-
-
-def compute_roots(model, nodes: list[Node]) -> list[Node]:
-    """compute() for the roots above the nodes where it was not done yet. Returns these."""
-    roots = dict.fromkeys(node.path()[0] for node in nodes)
-    missing = [root for root in roots if root.kv is None]
+def compute(model, nodes: list[Node]) -> list[Node]:
+    """The keys and values of prompts (roots, or nodes below computed roots) but for the last token
+    of each, which each branch runs itself. Returns those for which it was not done yet."""
+    missing = [node for node in dict.fromkeys(nodes) if node.kv is None]
     if missing:
-        compute(model, missing)
+        lanes = Lanes(model, missing)
+        lanes.catch_up()
+        for b, node in enumerate(lanes.grid):
+            if node:
+                lanes.store(b)
     return missing
-
-
-def record(step, generator):
-    """A CUDA graph of step(). Recording runs nothing; each replay() runs it all, with other random
-    numbers."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
@@ -596,14 +555,11 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
         before = (probs > p) | (probs == p) & (word < token)
         likelier = probs.where(before, 0)
         outside = likelier.sum(-1, keepdim=True) >= top_p
-        if not recording(logits) and not outside.any():
+        recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not recording and not outside.any():  # while it records nothing can be asked for
             break
         token = torch.where(outside, draw_index(likelier, generator), token)
     return token[:, 0]
-
-
-def recording(x: Tensor) -> bool:  # a CUDA graph, in which nothing can be asked for
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def draw_index(weights: Tensor, generator) -> Tensor:
@@ -620,15 +576,13 @@ def sample(
     model, nodes: list[Node], limits, stop, eos, generator, temperature, top_p, counts, keep=True
 ) -> None:
     """Continue the path of each (new, empty) node, all together, until a token of the set eos,
-    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them.
-
-    Tokens above a node that were not run yet (a turn's last and the observation after it; at a fork
-    the last one above it, again) go in first. keep: may something begin below the nodes later? Then
-    they keep their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's
-    last one is not counted), generated_tokens and entropy (their sum, in nats).
-    FloatingPointError if a log-prob is not finite."""
+    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them; what of it
+    was not run yet goes in first. keep: may something begin below the nodes later? Then they keep
+    their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's last one is
+    not counted), generated_tokens and entropy (their sum, in nats). FloatingPointError if a
+    log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    roots = compute_roots(model, nodes)
+    roots = compute(model, [node.path()[0] for node in nodes])
     lanes = Lanes(model, nodes)
     counts["forwarded_tokens"] += length(roots) - len(roots)
     counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
@@ -636,7 +590,10 @@ def sample(
     limit = dict(zip(nodes, limits))
     live = [b for b, node in enumerate(lanes.grid) if node]
     while live:
-        if not lanes.serve(live, look):
+        # New lanes if there is no room, or if most of them idle; to record a step costs more.
+        rows = Counter(b // lanes.W for b in live)
+        share = len(rows) * max(rows.values()) / len(lanes.grid)
+        if max(lanes.length) + look > lanes.room or share <= (0.5 if lanes.recorded else 0.75):
             nodes = [lanes.grid[b] for b in live]
             for b in live:
                 lanes.store(b)
@@ -681,12 +638,10 @@ class Group(NamedTuple):
 
 
 def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
-    """Segments of like length, (tokens, path), into buckets, one attention call for each.
-
-    A path is the list of the places in the row of all tokens from the root on; the segment's own
-    come last. Returns the buckets, (queries, keys) with the places of the tokens of each segment
-    and of its path, padded; and of each token of the row the number of its query, counted through
-    all buckets."""
+    """Segments, (tokens, path), into buckets of like length, one attention call for each. A path is
+    the places in the row of all tokens from the root on, the segment's own last. Returns of each
+    bucket (queries, keys), the places of the tokens of its segments and of their paths, padded; and
+    of each token of the row the number of its query, counted through all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
     left = sorted(segments, key=lambda segment: segment[0])
     while left:
@@ -703,17 +658,13 @@ def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
 
 
 class Packed:
-    """The trees of groups as one row of their unique tokens, on a device: of each tree all that
-    leads to a leaf of a group.
-
-    A node's queries see the keys of its path, which are gathered; slot j of a path holds the token
-    at position j, so a query sees the slots up to its own position. paths: of each group, (leaves,
-    length), where in the log-probs those of a leaf's sampled tokens are, and a mask."""
+    """The trees of groups as one row of their unique tokens, on a device. A node's queries see the
+    keys of its path, which are gathered: slot j of a path holds the token at position j, so a query
+    sees the slots up to its own position. paths: of each group, (leaves, length), where in the
+    log-probs those of a leaf's sampled tokens are, and a mask."""
 
     def __init__(self, groups: list[Group], device):
-        def on_device(numbers):
-            return torch.tensor(numbers, device=device).long()
-
+        on_device = functools.partial(torch.tensor, dtype=torch.long, device=device)
         tokens, position, segments, read, target, logps = [], [], [], [], [], []
         path_of, logps_of = {}, {}  # node -> its path, and where its log-probs are
         for root, its_groups in itertools.groupby(groups, lambda group: group.root):
@@ -735,44 +686,31 @@ class Packed:
         buckets, number = buckets_of(segments)
         self.groups = groups
         self.ids, self.position = on_device([tokens]), on_device([position])
-        self.read, self.target = on_device(read), on_device(target)
+        self.read, self.target, self.number = map(on_device, (read, target, number))
         self.sampler_logps = torch.tensor(logps, device=device)
         self.old_logps = self.ref_logps = None  # the trainer's and the reference's, before a step
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
-        self.number = on_device(number)
         self.paths = []
         for group in groups:
             rows = [[i for n in leaf.path() for i in logps_of[n]] for leaf in group.leaves]
             places = on_device(padded(rows, -1))
             self.paths.append((places.clamp(min=0), places >= 0))
 
-    def masks(self, dtype: torch.dtype, g: int) -> list[Tensor]:
-        """Of each bucket, for all layers, with g query heads on a KV head: (segments, 1, g width,
-        path)."""
-        masks = []
-        for queries, keys in self.buckets:
-            slot = torch.arange(keys.shape[1], device=keys.device)
-            visible = slot <= self.position[0, queries][:, :, None]
-            mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
-            masks.append(mask.repeat(1, g, 1)[:, None])
-        return masks
-
-    def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
         heads, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
         # A token's gradients from all segments below it are summed in float32, and by index_select,
         # whose backward adds in a fixed order on a CPU; that of x[keys] does not.
         q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # (tokens, ., D)
         out = []
-        for (queries, keys), mask in zip(self.buckets, masks):
+        for queries, keys in self.buckets:
             (segments, width), P = queries.shape, keys.shape[1]
             qs = q.index_select(0, queries.flatten()).view(segments, width, h, -1, D)
-            qs = qs.movedim(1, 3).reshape(segments, h, -1, D)  # (segments, h, g width, D)
-            ks, vs = (
-                x.index_select(0, keys.flatten()).view(segments, P, h, D).transpose(1, 2)
-                for x in (k, v)
-            )
-            qs, ks, vs = qs.to(dtype), ks.to(dtype), vs.to(dtype)
+            qs = qs.movedim(1, 3).reshape(segments, h, -1, D).to(dtype)  # (segments, h, g width, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(segments, P, h, D) for x in (k, v))
+            ks, vs = ks.transpose(1, 2).to(dtype), vs.transpose(1, 2).to(dtype)
+            visible = torch.arange(P, device=q.device) <= self.position[0, queries][:, :, None]
+            mask = visible.repeat(1, heads // h, 1)[:, None]  # (segments, 1, g width, P)
             o = F.scaled_dot_product_attention(qs, ks, vs, mask, scale=scaling)
             out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
         return torch.cat(out).index_select(0, self.number)[None]
@@ -783,18 +721,14 @@ def packed_logps(model, packed: Packed) -> Tensor:
     packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
     where a sampled token is predicted, in chunks that the backward pass computes again, so that
     (tokens, vocabulary) logits never exist at once."""
-    device, config = model.device.type, model.config
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    masks = packed.masks(dtype, config.num_attention_heads // config.num_key_value_heads)
-    attend = functools.partial(packed.attend, masks)
-    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, attend=attend)
+    how = {"position_ids": packed.position, "use_cache": False, "attend": packed.attend}
+    out = model.model(packed.ids, **how)
 
     def logps(hidden, target):
         logits = full_precision(model.lm_head(hidden))
         return -F.cross_entropy(logits, target, reduction="none")
 
-    rows = max(1, 2**26 // config.vocab_size)
+    rows = max(1, 2**26 // model.config.vocab_size)
     hidden = out.last_hidden_state[0].index_select(0, packed.read)
     chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -816,18 +750,16 @@ def micro_batches(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     return parts
 
 
-def gathered(logps: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if logps is None else logps.index_select(0, index.flatten()).view_as(index)
-
-
 def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
-    """The loss of packed groups, from the trainer's log-probs, and the sums of grpo_loss's
-    stats."""
+    """The loss of packed groups from the trainer's log-probs, and sums of grpo_loss's stats."""
     loss, sums = 0.0, Counter()
     limits = args.clip_low, args.clip_high, args.kl_coef
     for group, (index, mask) in zip(packed.groups, packed.paths):
-        x = [gathered(x, index) for x in (logps, packed.old_logps, packed.ref_logps)]
-        part, stats = grpo_loss(*x, group.advantages.to(logps.device), mask, *limits)
+        x = []
+        for values in (logps, packed.old_logps, packed.ref_logps):
+            found = None if values is None else values.index_select(0, index.flatten())
+            x.append(found if found is None else found.view_as(index))
+        part, stats = grpo_loss(*x, group.advantages.to(logps), mask, *limits)
         loss = loss + group.weight * part
         for name, value in stats.items():
             sums[name] += value
@@ -866,147 +798,14 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
         optimizer.zero_grad()
     model.eval()
     sums = Counter({name: float(value) for name, value in sums.items()})
-    tokens = max(1, sums["tokens"])
-    drawn = sum(len(packed.target) for packed in parts)
-    return {
-        "loss": sums["loss"],
-        "kl": sums["kl"] / tokens if reference is not None else None,
-        "grad_norm": sums["norm"],
-        "clip_fraction": sums["clipped"] / tokens,
-        "sampler_gap": sums["gap"] / drawn if drawn else None,
-    }
-
-
-# ------------------------------------------------------------------ the house, a world of its own
-ROOMS = {  # the hall leads to each of the others
-    "hall": ("bench", "rack"),
-    "kitchen": ("counter", "fridge", "microwave", "sink", "cabinet"),
-    "lounge": ("sofa", "table", "shelf", "chest"),
-    "bedroom": ("bed", "desk", "drawer", "wardrobe"),
-    "bathroom": ("basin", "bathtub", "hamper"),
-}
-PLACES = {place: room for room, places in ROOMS.items() for place in places}
-# Shut at first.
-LIDDED = ("fridge", "microwave", "cabinet", "chest", "drawer", "wardrobe", "hamper")
-TREATED = {"clean": ("sink", "washed"), "heat": ("microwave", "hot"), "cool": ("fridge", "cold")}
-THINGS = ("mug", "plate", "apple", "bread", "towel", "cup", "pan")
-VERBS = ("go", "open", "take", "put", *TREATED)
-HOUSE_WORDS = [f" {word}" for word in (*ROOMS, *PLACES, *THINGS, "washed", "hot", "cold", "plain")]
-HOUSE_WORDS += " door| hand|Task: put a| into the| of the|.\n|You are in the| at the".split("|")
-HOUSE_WORDS += ". It is| open| shut| nothing|. You see:|. You hold:|. The| is in the".split("|")
-HOUSE_WORDS += [", in the", "Nothing happens. ", *VERBS]
-
-
-class House:
-    """A household in the manner of ALFWorld, deterministic: find a thing, take it, clean, heat or
-    cool it, and put it somewhere; 4 to 14 steps if none is wasted.
-
-    A world is whatever has this shape, Gymnasium's, with texts. reset(seed, options) ->
-    observation, info: the seed decides on the task; options["held_out"]: one never trained on.
-    step(action) -> observation, reward, terminated, truncated, info: terminated is success if
-    reward > 0, else failure. info["task"], from reset: what to do. info["state"]: a text, equal
-    where states are (default: the observation). info["valid"], from step: was it an action
-    (default: yes)? `instruction`: what a chat model is told before the task. For the tiny model:
-    `words`, texts of one token each (others it spells), and demonstrate(rng), an action."""
-
-    instruction = """You are in a house. Do the task, one action at a time: go <room or place>,
-open <place>, take <thing>, put <thing>, clean, heat or cool <thing> (at sink, microwave, fridge).
-The hall leads to kitchen, lounge, bedroom and bathroom. Think briefly, then write
-<action>...</action>.\n\n"""
-    words = tuple(HOUSE_WORDS)
-
-    def reset(self, seed: int = 0, options: dict | None = None) -> tuple[str, dict]:
-        rng, held_out = random.Random(seed), bool((options or {}).get("held_out"))
-        while True:
-            self.verb, self.goal = rng.choice(["", *TREATED]), rng.choice([*PLACES])
-            things = rng.sample(THINGS, 3)
-            self.thing, self.where = things[0], {thing: rng.choice([*PLACES]) for thing in things}
-            at = self.where[self.thing]
-            task = f"{self.verb} {self.thing} {self.goal} {at}"  # a fifth of these is held out
-            if at != self.goal and (random.Random(task).random() < 0.2) == held_out:
-                break
-        self.at, self.open, self.how = rng.choice([*ROOMS]), set(), dict.fromkeys(things, "plain")
-        self.want = TREATED[self.verb][1] if self.verb else ""
-        what = f"{self.want} {self.thing}".strip()
-        task = f"put a {what} into the {self.goal} of the {PLACES[self.goal]}."
-        return self.look(), {"task": task, "state": self.key()}
-
-    def held(self) -> str:
-        return next((thing for thing, place in self.where.items() if place == "hand"), "nothing")
-
-    def shut(self) -> bool:
-        return self.at in LIDDED and self.at not in self.open
-
-    def key(self) -> str:
-        things = [f"{how} {thing} {self.where[thing]}" for thing, how in self.how.items()]
-        key = f"{self.at}: {', '.join(things)}"
-        return f"{key}; open: {' '.join(sorted(self.open))}" if self.open else key
-
-    def look(self) -> str:
-        seen = [thing for thing, at in self.where.items() if at == self.at and not self.shut()]
-        here, where = PLACES.get(self.at, self.at), self.where[self.thing]
-        return (
-            f"You are in the {here} at the {'door' if self.at in ROOMS else self.at}. "
-            f"It is {'shut' if self.shut() else 'open'}. You see: {' '.join(seen) or 'nothing'}. "
-            f"You hold: {self.held()}. The {self.how[self.thing]} {self.thing} is in the "
-            f"{PLACES.get(where, here)}, in the {where}."
-        )
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict]:
-        verb, _, what = action.lower().rpartition(" ")
-        room, is_held = PLACES.get(self.at, self.at), what == self.held() != "nothing"
-        next_door = what in ROOMS and "hall" in (room, what)
-        valid = True
-        if verb == "go" and what != self.at and (PLACES.get(what) == room or next_door):
-            self.at = what
-        elif verb == "open" and what == self.at and self.shut():
-            self.open.add(what)
-        elif verb == "take" and self.where.get(what) == self.at and not self.shut():
-            valid = self.held() == "nothing"
-            if valid:
-                self.where[what] = "hand"
-        elif verb == "put" and is_held and self.at in PLACES and not self.shut():
-            self.where[what] = self.at
-        elif verb in TREATED and is_held and self.at == TREATED[verb][0]:
-            self.how[what] = TREATED[verb][1]
-        else:
-            valid = False
-        done = self.where[self.thing] == self.goal and self.want in (self.how[self.thing], "")
-        seen = self.look() if valid else "Nothing happens. " + self.look()
-        return seen, float(done), done, False, {"state": self.key(), "valid": valid}
-
-    def demonstrate(self, rng: random.Random | None = None) -> str:
-        """The next action of one who often forgets lids and treatments, takes the bedroom for the
-        bathroom, and now and then does anything at all: habits for reward to mend. Without rng: of
-        one without mistakes."""
-
-        def wrong(rate: float) -> bool:
-            return rng is not None and rng.random() < rate
-
-        here = PLACES.get(self.at, self.at)
-        if wrong(0.2):
-            verb = rng.choice(VERBS)
-            places = [*ROOMS, *ROOMS[here]]
-            return f"{verb} {rng.choice(places if verb in ('go', 'open') else [*self.where])}"
-        place, action = self.goal, f"put {self.thing}"
-        if self.held() not in (self.thing, "nothing"):  # it is in the way
-            place, action = ROOMS[here][0], f"put {self.held()}"
-        elif self.held() == "nothing":
-            place, action = self.where[self.thing], f"take {self.thing}"
-        elif self.want not in (self.how[self.thing], "") and not wrong(0.5):
-            place, action = TREATED[self.verb][0], f"{self.verb} {self.thing}"
-        room = PLACES[place]
-        if here == "hall" != room and wrong(0.7 if room == "bathroom" else 0.02):
-            room = "bedroom" if room == "bathroom" else "bathroom"
-        if here == room:
-            way = place
-        else:
-            way = room if "hall" in (here, room) else "hall"
-        if self.at != way:
-            return f"go {way}"
-        if self.shut() and action.startswith(("take", "put")) and not wrong(0.6):
-            return f"open {place}"
-        return action
+    tokens, drawn = max(1, sums["tokens"]), sum(len(packed.target) for packed in parts)
+    row = {"loss": sums["loss"], "kl": None, "grad_norm": sums["norm"], "sampler_gap": None}
+    row["clip_fraction"] = sums["clipped"] / tokens
+    if reference is not None:
+        row["kl"] = sums["kl"] / tokens
+    if drawn:
+        row["sampler_gap"] = sums["gap"] / drawn
+    return row
 
 
 # ------------------------------------------------------------------------------ rollouts in a world
@@ -1027,48 +826,54 @@ class Task:
     returns: list[float]  # of each rollout, and whether it was successful
     won: list[bool]
     steps: list[Step] = field(default_factory=list)  # in time
+    envs: list = field(default_factory=list)  # of each rollout its world, the state of it,
+    states: list = field(default_factory=list)
+    told: list[list[str]] = field(default_factory=list)  # and what was seen and done; seen last
     prompts: dict[tuple, Node] = field(default_factory=dict)  # by the tokens of the rest
 
 
-@dataclass
-class Rollout:
-    """One that still goes on."""
-
-    env: object
-    task: Task
-    k: int  # its number
-    state: object
-    told: list[str]  # observations and actions so far; the last is the observation
-
-
 class Player:
-    """The policy in a world: rollouts of many tasks at a time."""
+    """The policy in a world: rollouts of many tasks at a time.
+
+    A world has Gymnasium's shape, with texts. reset(seed, options) -> observation, info: the seed
+    decides on the task; options["held_out"]: one never trained on. step(action) -> observation,
+    reward, terminated, truncated, info: terminated is success if reward > 0, else failure.
+    info["task"], from reset: what to do. info["state"]: a text, equal where states are (default:
+    the observation). info["valid"], from step: was it an action (default: yes)? `instruction`: told
+    to a chat model before the task. For the tiny model: `words`, of one token each, and
+    demonstrate(rng), an action."""
 
     def __init__(self, model, tokenizer, args, make_env):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.make_env, self.envs = make_env, [make_env()]
         self.eos = end_tokens(model, tokenizer)
         self.encode = functools.lru_cache(100_000)(functools.partial(encode, tokenizer))
-        text = "Task: \0\n"
+        self.before, self.after = chat_template(tokenizer, args)
         if tokenizer.chat_template:
-            text = getattr(self.envs[0], "instruction", "") + text
-            chat = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        self.before, self.after = text.split("\0")  # of a prompt, around what differs
+            self.before += getattr(self.envs[0], "instruction", "")
 
-    def task(self, text: str, K: int) -> Task:
-        root = Node(tokens=encode(self.tokenizer, f"{self.before}{text}\n"))
-        return Task(text, root, [0.0] * K, [False] * K)
+    def begin(self, seed: int, envs: list, held_out: bool) -> Task:
+        """A seed's task, begun in each of the worlds."""
+        with blame("--env: reset()"):
+            begun = [env.reset(seed=seed, options={"held_out": held_out}) for env in envs]
+            starts = [(info["task"], info.get("state", seen)) for seen, info in begun]
+            if len(set(starts)) > 1:
+                raise ValueError(f"one seed begins in several ways: {set(starts)}")
+        text, K = starts[0][0], len(envs)
+        root = Node(tokens=encode(self.tokenizer, f"Task: {text}\n", self.before))
+        told = [[seen] for seen, _ in begun]
+        states = [state for _, state in starts]
+        return Task(text, root, [0.0] * K, [False] * K, [], envs, states, told)
 
-    def prompt(self, task: Task, told: list[str]) -> Node:
-        """A prompt: below the instruction and the task the last --history earlier observations and
-        actions of `told`, the observation, and the end of the chat template; cut from the left to
-        fit."""
-        tail, context = self.encode(self.after), self.model.config.max_position_embeddings
+    def prompt(self, task: Task, k: int) -> Node:
+        """A rollout's prompt: below the instruction and the task its last --history observations
+        and actions, its observation, and the end of the chat template; cut from the left to fit."""
+        tail = self.encode("", after=f"\n{self.after}")
+        context = self.model.config.max_position_embeddings
         room = context - len(task.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
             raise BadInput(f"--model: a context of {context} is too short for {task.text[-40:]!r}")
-        rest = self.encode("".join(told[-1 - self.args.history :]))[-room:] + tail
+        rest = self.encode("".join(task.told[k][-1 - self.args.history :]))[-room:] + tail
         if tuple(rest) not in task.prompts:
             task.prompts[tuple(rest)] = Node(task.root, rest)
         return task.prompts[tuple(rest)]
@@ -1080,23 +885,14 @@ class Player:
         tagged = text.rpartition("</action>")[0].rpartition("<action>")[2]
         return " ".join((tagged or text.rpartition("\n")[2]).split())
 
-    def act(self, live: list[Rollout], generator, temperature: float, counts: Counter):
-        """The next action of each rollout, a node below its prompt: by the policy, or by the
-        world's demonstrator if the generator is a random.Random."""
-        prompts = [self.prompt(rollout.task, rollout.told) for rollout in live]
+    def act(self, live: list[tuple[Task, int]], generator, temperature: float, counts: Counter):
+        """The next action of each rollout, a node below its prompt."""
+        prompts = [self.prompt(task, k) for task, k in live]
         nodes = [Node(prompt) for prompt in prompts]
         counts["prompt_tokens"] += sum(length(node.path()[:-1]) for node in nodes)
-        if isinstance(generator, random.Random):
-            for node, rollout in zip(nodes, live):
-                text = rollout.env.demonstrate(generator)
-                node.tokens = self.encode(text) + [self.tokenizer.eos_token_id]
-                node.logps = [0.0] * len(node.tokens)
-            return nodes
         # A prompt is computed once for all its actions.
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt.kv is None]
-        roots = compute_roots(self.model, new)
-        if new:
-            compute(self.model, new)
+        roots = compute(self.model, [prompt.parent for prompt in prompts if prompt.kv is None])
+        new = compute(self.model, prompts)
         counts["prompt_tokens_sampling"] += length(roots + new)
         counts["forwarded_tokens"] += length(roots + new) - len(roots)
         limits = [self.args.max_tokens] * len(nodes)
@@ -1105,26 +901,19 @@ class Player:
         return nodes
 
     def play(self, seeds, K: int, generator, temperature: float, counts: Counter, held_out=False):
-        """K rollouts of each seed's task, in waves of one step each. generator: see act. Returns
-        the tasks. What is computed of a prompt is kept for when it is met again, up to
-        --kept-tokens."""
+        """K rollouts of each seed's task, in waves of one step each. What is computed of a prompt
+        is kept for when it is met again, up to --kept-tokens. Returns the tasks."""
         self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
-        tasks, live = [], []
-        for i, env in enumerate(self.envs[: len(seeds) * K]):
-            seen, info = env.reset(seed=seeds[i // K], options={"held_out": held_out})
-            if i % K == 0:
-                tasks.append(self.task(info["task"], K))
-            live.append(Rollout(env, tasks[-1], i % K, info.get("state", seen), [seen]))
+        worlds = batches(self.envs, K)
+        tasks = [self.begin(seed, envs, held_out) for seed, envs in zip(seeds, worlds)]
+        live = [(task, k) for task in tasks for k in range(K)]
         for _ in range(self.args.max_steps):
             if not live:
                 break
             nodes = self.act(live, generator, temperature, counts)
             counts["env_steps"] += len(live)
-            going = []
-            for rollout, node in zip(live, nodes):
-                if self.step(rollout, node):
-                    going.append(rollout)
-            live = going
+            going = [self.step(task, k, node, counts) for (task, k), node in zip(live, nodes)]
+            live = [rollout for rollout, goes_on in zip(live, going) if goes_on]
             forget(nodes)
             kept = [node for task in tasks for node in task.root.children if node.cached]
             if length(kept) > self.args.kept_tokens:
@@ -1132,28 +921,37 @@ class Player:
         forget(node for task in tasks for node in task.root.below())
         return tasks
 
-    def step(self, rollout: Rollout, node: Node) -> bool:
-        """Take a rollout's action in its world. Does the rollout go on?"""
-        action = self.action(node)
-        seen, reward, terminated, truncated, info = rollout.env.step(action)
-        task, k, reward, state = rollout.task, rollout.k, float(reward), info.get("state", seen)
+    def step(self, task: Task, k: int, node: Node, counts: Counter) -> bool:
+        """Take a rollout's action in its world. Does it go on? Not where the world fails, which
+        counts as a step that changes nothing."""
+        action, before = self.action(node), task.states[k]
+        try:
+            seen, reward, terminated, truncated, info = task.envs[k].step(action)
+            seen, reward, state = str(seen), float(reward), info.get("state", seen)
+            hash(state)
+        except Exception as error:  # noqa: BLE001 (a world may fail in any way; its rollout ends)
+            reason = f"{type(error).__name__}: {error}"
+            tqdm.write(f"the world failed at {action!r}: {reason}", file=sys.stderr)
+            seen, reward, state, terminated, truncated, info = "", 0.0, before, False, True, {}
+            counts["world_errors"] += 1
         task.returns[k] += reward
-        end = state
-        if terminated:
-            task.won[k] = reward > 0
-            end = SUCCESS if task.won[k] else f"{state} (failed)"  # no way leads on from there
-        transition = Transition(rollout.state, action, end, k)
-        task.steps.append(Step(transition, node, reward, bool(info.get("valid", True))))
-        rollout.state = state
-        rollout.told[-1] += f"\n> {action}\n"
-        rollout.told.append(seen)
+        task.won[k] = bool(terminated) and reward > 0
+        after = state
+        if terminated:  # no way leads on from there
+            after = SUCCESS if task.won[k] else f"{state} (failed)"
+        valid = bool(info.get("valid", True))
+        task.steps.append(Step(Transition(before, action, after, k), node, reward, valid))
+        task.states[k] = state
+        task.told[k][-1] += f"\n> {action}\n"
+        task.told[k].append(seen)
         return not (terminated or truncated)
 
     def evaluate(self) -> dict[str, float | None]:
         """Success on held-out tasks, sampled (K times each, temperature 1) and greedy; and of the
         sampled rollouts, if any succeeded, how many steps of failed ones lead nearer to success,
         and of the others do not (Figure 1)."""
-        row, wasted = {}, {True: [], False: []}
+        row = {}
+        steps = Counter()  # (of a successful rollout?, did it lead nearer?) -> how many
         for name, K, temperature in (("success", self.args.K, 1.0), ("greedy_success", 1, 0.0)):
             generator, won = torch.Generator(self.model.device).manual_seed(0), []
             parts = batches(range(self.args.eval_tasks), self.args.tasks)
@@ -1161,84 +959,79 @@ class Player:
                 for task in self.play(part, K, generator, temperature, Counter(), held_out=True):
                     won += task.won
                     if name == "success" and any(task.won):
-                        transitions = [step.transition for step in task.steps]
-                        d = goal_distances(transitions)
-                        for t in transitions:
-                            wasted[task.won[t.trajectory]].append(d[t.next_state] >= d[t.state])
+                        d = goal_distances([step.transition for step in task.steps])
+                        for t, *_ in task.steps:
+                            steps[task.won[t.trajectory], d[t.next_state] < d[t.state]] += 1
             row[name] = sum(won) / len(won)
-        failed, successful = wasted[False], wasted[True]
-        row["progress_in_failed"] = 1 - sum(failed) / len(failed) if failed else None
-        row["waste_in_successful"] = sum(successful) / len(successful) if successful else None
+        failed, successful = (steps[won, True] + steps[won, False] for won in (False, True))
+        row["progress_in_failed"] = steps[False, True] / failed if failed else None
+        row["waste_in_successful"] = steps[True, False] / successful if successful else None
+        text = (
+            f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}.\n\n~~~~text\n"
+        )
+        text += "".join(task.told[0]) + "\n~~~~\n"
+        Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
         return row
 
 
-def picture(tasks: list[Task], args, most: int = 50) -> str:
-    """The smallest graph of a task with success and failure, if there is one, as a Mermaid diagram:
-    states with their distance to success; edges with the action, how often it was taken and its
-    mean advantage, green or red by its sign. Of more than `most` edges those nearest to success."""
-    task = min(tasks, key=lambda task: (len(set(task.won)) < 2, len(task.root.children)))
-    transitions, edges = [step.transition for step in task.steps], {}
-    for t, A in zip(transitions, advantages(task, args).tolist()):
-        edges.setdefault((t.state, t.action, t.next_state), []).append(A)
-    d, number = goal_distances(transitions), {}
-    shown = sorted(edges, key=lambda edge: d[edge[2]] + d[edge[0]])[:most]
-    lines = ["```mermaid", "flowchart TD"]
-    title = f"Task: {mermaid_text(task.text)}<br>{len(shown)} of {len(edges)} edges"
-    lines.append(f'    task["{title}"]')
-    for i, (before, action, after) in enumerate(shown):
-        for state in (before, after):
-            if state not in number:
-                number[state] = n = len(number)
-                name, color = mermaid_text(str(state)), "fff"
-                if state is SUCCESS:
-                    name, color = "SUCCESS", "cfc"
-                lines.append(f'    n{n}["{name}<br>d = {d[state]:g}"]')
-                lines.append(f"    style n{n} fill:#{color},color:#000")
-        A = edges[before, action, after]
-        mean = round(sum(A) / len(A), 2) + 0.0  # + 0.0: no -0.00
-        label = f"{mermaid_text(action)}, {len(A)} x, A = {mean:+.2f}"
-        lines.append(f'    n{number[before]} -->|"{label}"| n{number[after]}')
-        color = "2a2" if mean > 0 else "c22" if mean < 0 else "888"
-        lines.append(f"    linkStyle {i} stroke:#{color}")
-    return "\n".join([*lines, "```", ""])
-
-
-# ----------------------------------------------------------------------------- worlds and models
-def load_env(spec: str):
-    """--env -> a function that makes such a world. BadInput says what is wrong with it."""
-    path, _, name = spec.removesuffix(".py").partition(".py:")
-    name, *argument = name.split(":", 1)
-    try:
-        described = importlib.util.spec_from_file_location(f"env_{Path(path).name}", f"{path}.py")
-        module = sys.modules[described.name] = importlib.util.module_from_spec(described)
-        described.loader.exec_module(module)
-        make = functools.partial(getattr(module, name), *argument)
-        env = make()
-        for held_out in (True, False):
-            env.reset(seed=0, options={"held_out": held_out})[1]["task"]
-    except (Exception, SystemExit) as error:  # noqa: BLE001 (a user's file may fail in any way)
-        reason = f"want a world FILE.py:NAME[:ARGUMENT]; {type(error).__name__}: {error}"
-        raise BadInput(f"--env {spec}: {reason}") from None
-    return make
-
-
-def built_in_model(args, make_env, device: torch.device):
-    """The tiny model, warm-started on single steps of the world's demonstrator."""
-    model, tokenizer = tiny_model(make_env().words, device, args.seed)
-    player, paths = Player(model, tokenizer, args, make_env), []
-    rng = random.Random(f"{args.seed}/demonstrations")
-    while len(paths) < 128 * args.sft_steps:
-        seeds = [rng.getrandbits(32) for _ in range(64)]
-        tasks = player.play(seeds, 1, rng, 1.0, Counter())
-        paths += [step.node.path() for task in tasks for step in task.steps]
-    warm_start(model, rng.sample(paths, 128 * args.sft_steps), args)
-    return model, tokenizer
-
-
 # ---------------------------------------------------------------------------------- models and runs
-def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
-    text = text.encode("utf-8", "replace").decode()
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+ENVS = Path(__file__).resolve().parent / "envs"
+
+
+@contextlib.contextmanager
+def blame(what: str):
+    """Whatever fails in here becomes a BadInput, which says `what` and why."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (files of users fail in any way)
+        plain = isinstance(error, (ValueError, OSError, ImportError))
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise BadInput(f"{what}: {reason[:300]}") from None
+
+
+def load_named(flag: str, spec: str):
+    """FILE.py:NAME or FILE.py:NAME:TEXT -> what the file calls NAME, and [] or [TEXT]. The file may
+    import what lies beside it."""
+    path, _, name = spec.partition(".py:")
+    name, *text = name.split(":", 1)
+    path = Path(f"{path}.py").resolve()
+    sys.path.insert(0, str(path.parent))
+    with blame(f"{flag} {spec}: want FILE.py:NAME"):
+        found = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return getattr(module, name), text
+
+
+def load_beside(file: str):
+    """What a file of envs/ has for this script; None where the script was copied without it."""
+    spec = f"{ENVS}/{file}:{Path(__file__).stem}"
+    return load_named("--env", spec)[0] if ENVS.exists() else None
+
+
+def encode(tokenizer, text: str, before: str = "", after: str = "") -> list[int]:
+    """The tokens of a text, with what a chat template writes before and after it. Where the text
+    names control tokens, as <|im_end|>, these are mere letters."""
+
+    def tokens(text, split):
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    if tokens(text, True) == tokens(text, False):
+        return tokens(before + text + after, False)
+    return tokens(before, False) + tokens(text, True) + tokens(after, False)
+
+
+def chat_template(tokenizer, args) -> tuple[str, str]:
+    """What the model's chat template, if it has one, writes before and after a user's turn."""
+    if not tokenizer.chat_template and not args.system and args.template_kwargs == "{}":
+        return "", ""
+    chat = [{"role": "system", "content": args.system}] if args.system else []
+    chat.append({"role": "user", "content": "\0"})
+    with blame("--system, --template-kwargs: the chat template fails"):
+        how = {"add_generation_prompt": True, "tokenize": False, **json.loads(args.template_kwargs)}
+        before, _, after = tokenizer.apply_chat_template(chat, **how).partition("\0")
+    return before, after
 
 
 def end_tokens(model, tokenizer) -> set[int]:
@@ -1248,34 +1041,32 @@ def end_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
 
 
-# Kinds of models for which the tests compare sampler and trainer with plain forwards.
 KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """A causal LM of a kind in KINDS whose layers all attend to everything before, and its
-    tokenizer, from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for
-    weights that do not fit the model, which would be random numbers instead."""
+    """A causal LM of KINDS (those that tests compare with plain forwards) and its tokenizer, from a
+    hub id or a folder. BadInput, which blames `flag`, for others, and if weights do not fit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
     how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
-    try:
+    with blame(f"{flag} {path}: no model that can be used"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         if not tokenizer("a")["input_ids"]:
             raise ValueError("the tokenizer is missing")
         if wrong := {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}:
             raise ValueError(f"its weights do not fit: {wrong}")
-        kind = model.config.model_type
-        layers = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-        if getattr(model.config, "sliding_window", None):
+        c = model.config
+        layers = {*(getattr(c, "layer_types", None) or ["full_attention"])}
+        if getattr(c, "sliding_window", None):
             layers.add("sliding_attention")
-        if kind not in KINDS or layers != {"full_attention"}:
-            wanted = f"one of {', '.join(KINDS)} with full attention"
-            raise ValueError(f"it is {kind} with {', '.join(sorted(layers))}, not {wanted}")
-    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
-        raise BadInput(f"{flag} {path}: no model that can be used ({str(error)[:200]})") from None
+        if c.model_type not in KINDS or layers != {"full_attention"}:
+            wanted = f"one of {', '.join(KINDS)} that attends to everything before"
+            raise ValueError(f"it is {c.model_type} with {', '.join(sorted(layers))}, not {wanted}")
+    for parameter in model.parameters():  # a copy: what is mapped to a file, Windows locks
+        parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
 
@@ -1296,8 +1087,7 @@ def policy_and_reference(args, model, start: str):
     torch.backends.cuda.enable_cudnn_sdp(False)
     if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
         old_name = model.gradient_checkpointing_enable
-        enable = getattr(model, "activation_checkpointing_enable", old_name)
-        enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     reference = load_model(start, model.device)[0].requires_grad_(False) if args.kl_coef else None
     if args.dtype == "float32":
         return model, reference
@@ -1307,115 +1097,67 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words, device: torch.device, seed: int):
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
-    given words."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
-    quiet_transformers()
-    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(list(words))
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
-    # At the usual initializer_range, 0.02, so small a model does not leave its plateau.
-    config = Qwen2Config(**size, **heads, **room, initializer_range=0.08)
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.set_attn_implementation("token_tree")
-    return model.to(device).eval(), tokenizer
-
-
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on demonstrations (paths to a leaf): a policy gradient with advantage 1 is
-    imitation."""
-    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = batches(paths, max(1, len(paths) // max(1, args.sft_steps)))
-    for step, part in enumerate(tqdm(parts, "warm start", unit="step")):
-        slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
-        optimizer.param_groups[0]["lr"] = lr * slope
-        groups = [Group(path[0], path[-1:], torch.ones(1, 1), 1 / len(part)) for path in part]
-        update(model, None, optimizer, groups, args)
-
-
 def resume_run(args, given: set[str]):
-    """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
-    folder, and its state. BadInput if there is none, or if other arguments are given."""
-    try:
-        found = sorted(Path(args.resume).glob("checkpoint-*/state.pt"))
-        if not found:
+    """--resume -> the arguments, those of the run unless others are given now, its newest
+    checkpoint's folder, and its state."""
+    if own := given & {"model", "env", "data", "method", "out"}:
+        raise BadInput(f"--{min(own)}: a run that is continued keeps its own; leave it out")
+    with blame(f"--resume {args.resume}: no run to continue"):
+        newest = max(Path(args.resume).glob("checkpoint-*/state.pt"), default=None)
+        if newest is None:
             raise ValueError("there is no checkpoint in it")
-        folder = found[-1].parent
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(newest, weights_only=True, map_location="cpu")
         if state["script"] != Path(__file__).name:
             raise ValueError(f"it is a run of {state['script']}")
-        saved = type(args)(**state["args"])
-    except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no run to continue ({str(error)[:150]})") from None
-    changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
-    if extra := given - changeable - {"resume"}:
-        flag = min(extra).replace("_", "-")
-        raise BadInput(f"--{flag}: a run that is continued keeps its own; leave it out")
-    changed = {name: getattr(args, name) for name in given & changeable}
-    changed |= {"out": args.resume, "resume": args.resume}
-    return dataclasses.replace(saved, **changed), str(folder), state
+        kept = {name: value for name, value in state["args"].items() if name not in given}
+        return dataclasses.replace(args, **kept | {"out": args.resume}), str(newest.parent), state
 
 
-def new_optimizer(model, args, state: dict | None):
-    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-    return optimizer
-
-
-def save_model(folder: Path, model, tokenizer) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    with blame(f"--out {folder.parent}: cannot save, is the disk full? --resume goes on"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if state:
+            torch.save(state, folder / "state.pt")
 
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, renamed when whole; random states and the place in the data
-    follow from step."""
+    """Renamed when whole. Random states and the place in the data follow from `step`."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
     state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
-    state["metrics"] = (out / "metrics.jsonl").stat().st_size
-    torch.save(state | {"optimizer": optimizer.state_dict()}, temporary / "state.pt")
+    state |= {
+        "metrics": (out / "metrics.jsonl").stat().st_size,
+        "optimizer": optimizer.state_dict(),
+    }
+    save_model(temporary, model, tokenizer, state)
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
 
 
-class Log:
-    """metrics.jsonl, of which the first `size` bytes are kept, and the run of --log."""
+def open_log(args, size: int):
+    """log(event, step, row) adds to metrics.jsonl, cut to its first `size` bytes, and to --log."""
+    file = open(Path(args.out, "metrics.jsonl"), "a", encoding="utf-8")
+    file.truncate(size)
+    tracker = importlib.import_module(args.log) if args.log else None
+    if tracker:
+        tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
 
-    def __init__(self, args, size: int):
-        self.path = Path(args.out, "metrics.jsonl")
-        self.path.touch()
-        os.truncate(self.path, size)
-        self.tracker = importlib.import_module(args.log) if args.log else None
-        if self.tracker:
-            self.tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
-
-    def __call__(self, event: str, step: int, row: dict) -> None:
+    def log(event: str, step: int, row: dict) -> None:
         row = {"event": event, "step": step, **row}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.tracker:
-            self.tracker.log(row, step=step)
+        print(json.dumps(row), file=file, flush=True)
+        if tracker:
+            tracker.log(row, step=step)
         if event == "eval":
             shown = f"{row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy"
             tqdm.write(f"step {step}: held-out success {shown}")
 
+    return log
+
 
 def catch_signals() -> list:
-    """The first Ctrl-C or SIGTERM from now on is added to this list; a second one ends the process,
-    which does no harm: a run goes on from its last checkpoint."""
+    """The first Ctrl-C or SIGTERM from now on is put on this list; a second ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1423,30 +1165,9 @@ def catch_signals() -> list:
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("stopping after this step", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
-
-
-def copy_weights(model, policy) -> None:
-    if policy is not model:
-        for copied, master in zip(policy.parameters(), model.parameters()):
-            copied.data.copy_(master.data)
-
-
-def peak_gb(device: torch.device) -> float | None:
-    """The most memory in use since the last call; None if that is not known."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def mermaid_text(text: str) -> str:
-    """A text as part of a Mermaid label."""
-    words = " ".join(text.split())[:160]
-    return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in words)
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1461,7 +1182,9 @@ def arg(default, help: str, choices: tuple | None = None):
 @dataclass
 class Args:
     model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built here)")
-    env: str = arg("", "a world, FILE.py:NAME or FILE.py:NAME:ARGUMENT (default: the house)")
+    env: str = arg("", "a world, FILE.py:NAME[:TEXT] (default: envs/house.py:House)")
+    system: str = arg("", "a system prompt for a chat model")
+    template_kwargs: str = arg("{}", "JSON for its chat template: '{\"enable_thinking\": false}'")
     method: str = arg("graph_gpo", "credit of a step", choices=("graph_gpo", "gigpo", "grpo"))
     K: int = arg(8, "rollouts per task")
     omega: float = arg(0.1, "graph_gpo: what one more unit of cost leaves of a reward")
@@ -1492,19 +1215,18 @@ class Args:
     dtype: str = arg("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     seed: int = arg(0, "of everything random")
     log: str = arg("", "log to trackio or wandb as well", choices=("trackio", "wandb"))
-    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    out: str = arg("", "folder to write (default: one in runs/)")
     resume: str = arg("", "folder of a run to continue (--steps, --lr ... may be changed)")
 
 
 # Names of arguments of all three scripts.
 MAY_BE_0 = "N L steps warmup sft_steps clip_low clip_high kl_coef gamma".split()
 MAY_BE_0 += "beta_graph beta_episode invalid_penalty kept_tokens".split()
-AT_MOST_1 = ("top_p", "omega", "gamma")
+AT_MOST_1 = ("top_p", "omega", "gamma", "clip_low")
 
 
 def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
-    one line if it is none."""
+    """Command line -> (an instance of the dataclass `cls`, the set of names given)."""
 
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
@@ -1512,35 +1234,30 @@ def parse_args(cls, argv: list[str]):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
-        flag, how, shown = "--" + f.name.replace("_", "-"), {}, f.metadata["help"]
+        flag, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
-        else:
-            how = {"type": type(f.default), "choices": f.metadata["choices"]}
-            shown += f" (default: {f.default})" if f.default else ""
+        elif f.default:
+            shown += f" (default: {f.default})"
         parser.add_argument(flag, help=shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        if isinstance(value, (int, float)):
-            least_0 = name in MAY_BE_0 or not getattr(cls, name)
-            most = 1 if name in AT_MOST_1 else 1e15
-            if not (0 <= value if least_0 else 0 < value) or not value <= most:
-                fail(f"--{name.replace('_', '-')} {value}: out of range")
-    args = cls(**given)
-    if args.log and not importlib.util.find_spec(args.log):
-        fail(f"--log {args.log}: pip install {args.log}")
-    return args, set(given)
+        least = 0 if name in MAY_BE_0 or not getattr(cls, name) else 1e-12
+        most = 1 if name in AT_MOST_1 else 1e15
+        if isinstance(value, (int, float)) and name != "success" and not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    if "log" in given and not importlib.util.find_spec(given["log"]):
+        fail(f"--log {given['log']}: pip install {given['log']}")
+    return cls(**given), set(given)
 
 
 def pick_device(args) -> torch.device:
-    name = args.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
+    best = "cuda:0" if torch.cuda.is_available() else "cpu"
+    name = best if args.device == "auto" else args.device
+    with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {name}: not available here; leave it out") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
@@ -1551,12 +1268,11 @@ def pick_device(args) -> torch.device:
 
 
 def make_folder(args) -> Path:
-    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = time.strftime("%Y%m%d-%H%M%S")  # another run may begin in the same second
+    args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     out = Path(args.out)
-    try:
+    with blame(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
     if not args.resume and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty; choose another folder, or --resume the run")
     return out
@@ -1572,17 +1288,24 @@ def main(argv: list[str]) -> None:
     device = pick_device(args)
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.max_tokens = args.max_tokens or (512 if args.model else 8)
-    make_env = load_env(args.env) if args.env else House
+    spec = args.env or f"{ENVS}/house.py:House"
+    world, text = load_named("--env", spec)
+    with blame(f"--env {spec}"):
+        make_env = functools.partial(world, *text)
+        env = make_env()
+        for held_out in (True, False):
+            env.reset(seed=0, options={"held_out": held_out})[1]["task"]
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         player = Player(model, tokenizer, args, make_env)
-        _, info = player.envs[0].reset(seed=0, options={"held_out": True})
-        player.prompt(player.task(info["task"], 1), [""])  # raises BadInput if it does not fit
-    elif not all(hasattr(make_env(), name) for name in ("words", "demonstrate")):
-        raise BadInput(f"--env {args.env}: it has no words and demonstrate(), so give --model")
+        player.prompt(player.begin(0, player.envs, True), 0)  # raises BadInput if it does not fit
+    elif not ENVS.exists() or not all(hasattr(env, name) for name in ("words", "demonstrate")):
+        raise BadInput(
+            "--model: give one, as the world has no words and demonstrate(), or no envs/"
+        )
     out = make_folder(args)
     if not weights:
-        model, tokenizer = built_in_model(args, make_env, device)
+        model, tokenizer = load_beside("tiny.py")(sys.modules[__name__], args, make_env, device)
         save_model(out / "start", model, tokenizer)
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     player = Player(policy, tokenizer, args, make_env)
@@ -1592,16 +1315,13 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    """main(), but what stops it is said in a line."""
-    try:
+    try:  # what stops it is said in a line
         main(argv)
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}; go on with --resume and a lower --lr")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"stopped: {error}; begin again with less at once (--help)")
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)")
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)

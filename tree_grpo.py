@@ -17,16 +17,15 @@ The algorithm, of which `train` is the loop:
         4. the sampler gets the new weights
 
 Each agent step (think, search, observation) is a node. Branches share the keys and values of what
-they have in common, and are trained on it once: the engine, below the loop.
-Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
+they have in common, and are trained on it once: the engine, below the loop."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import itertools
 import json
@@ -36,11 +35,8 @@ import random
 import re
 import shutil
 import signal
-import string
 import sys
 import time
-import urllib.request
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +63,9 @@ def tree_advantages(
 ) -> Tensor:
     """Advantage of each leaf of one prompt (Tree-GRPO, Eq. 6 and 7).
 
-    rewards, tree_ids: (G,), in any order. terms: "both", "intra" or "inter" (Table 4). Returns
-    (G,), of the rewards' dtype if that is floating. A lone leaf, or one among equal rewards, gets 0
-    from a term, so with one leaf per tree this is GRPO. ValueError for other shapes, no leaves, or
-    a reward that is not finite."""
+    rewards, tree_ids: (G,), in any order, finite. terms: "both", "intra" or "inter" (Table 4).
+    Returns (G,), of the rewards' dtype if that is floating. A lone leaf, or one among equals, has
+    0 from a term, so with one leaf per tree this is GRPO. ValueError for other input."""
     if rewards.dim() != 1 or rewards.shape != tree_ids.shape or len(rewards) == 0:
         raise ValueError(f"want rewards (G,) and tree_ids (G,), G > 0, got {rewards}, {tree_ids}")
     if not rewards.isfinite().all():
@@ -117,37 +112,26 @@ def credit(root: Node, args, rng: random.Random) -> tuple[list[Node], Tensor]:
 
 # ----------------------------------------------------------------------------------------- the loss
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
+    logp, old_logp, ref_logp, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
 
-    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
-    without any), which the caller divides by the prompt's sequences, Eq. 8's G, and by the prompts;
-    and sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their
-    gradient), kl (nats).
-
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
     is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
-    ValueError unless kl_coef is 0."""
+    ValueError unless kl_coef is 0. Returns the sum over sequences of the mean over each sequence's
+    own sampled tokens (0 for one without any), which the caller divides by the prompt's sequences,
+    Eq. 8's G, and by the prompts; and sums over sampled tokens: their number, clipped (the clip
+    takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
-
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -torch.minimum(plain, clipped)  # Eq. 8, with its KL below
-
     gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
     gap = gap.masked_fill(~mask, 0)
     kl = gap.exp() - gap - 1
@@ -159,21 +143,22 @@ def grpo_loss(
 
 # ------------------------------------------------------------------------------- the training loop
 def train(args, model, reference, agent: Agent, state: dict | None) -> None:
-    """agent.model samples: `model` itself, or its copy in bfloat16. state: a checkpoint's, to go on
-    from, or None."""
+    """agent.model samples: `model`, or its copy in bfloat16. state: a checkpoint's, or None."""
     out, tokenizer = Path(args.out), agent.tokenizer
-    optimizer = new_optimizer(model, args, state)
-    first = state["step"] if state else 0
-    log = Log(args, state["metrics"] if state else 0)
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    first, size = (state["step"], state["metrics"]) if state else (0, 0)
+    log = open_log(args, size)
     if not state:
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if first == 0:
         log("eval", 0, evaluate(agent))
-    signals = catch_signals()
+    signals, picture = catch_signals(), load_beside("pictures.py")
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
-        peak_gb(model.device)  # counts from here on
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
         rng = random.Random(f"{args.seed}/{step}")
@@ -183,7 +168,7 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
         play = functools.partial(agent.play, draws)
 
         # 1. Search (section 3.2).
-        prompts = [(question, agent.root(question)) for question in agent.questions(step, rng)]
+        prompts = [(item, agent.root(item)) for item in batch_of(agent.task, step, args, rng)]
         for part in batches(prompts, args.at_once):
             tree_search(play, part, args.M, args.N, args.L, rng)
             forget(node for _, root in part for node in root.below())
@@ -197,19 +182,23 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
 
         # 3. Update (Eq. 8); then the sampler gets the new weights.
         row = update(model, reference, optimizer, groups, args)
-        copy_weights(model, agent.model)
+        if agent.model is not model:
+            agent.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
         rewards = torch.tensor([leaf.reward for _, root in prompts for leaf in root.leaves()])
-        row |= {"reward": rewards.mean().item(), "success": (rewards > 0.5).float().mean().item()}
+        row["reward"] = rewards.mean().item()
+        row["success"] = (rewards > args.success).float().mean().item()
         row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
-        row["peak_gb"] = peak_gb(model.device)
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        (out / "tree.md").write_text(picture(agent, prompts, groups), "utf-8", "replace")
+        if picture:
+            drawn = picture(sys.modules[__name__], agent, prompts, groups)
+            (out / "tree.md").write_text(drawn, "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, evaluate(agent))
@@ -222,9 +211,9 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
 
 
 # ==================================================================================================
-# The engine: the same text in all three scripts, to be read once. It computes what tests/naive.py
-# does with one forward per path, but fast: branches share the keys and values above them when they
-# are sampled, and each token of a tree is trained on once.
+# The engine: the same text in all three scripts, to be read once. It does what tests/naive.py does
+# with one forward per path, but fast: branches share the keys and values above them when they are
+# sampled, and each token of a tree is trained on once.
 # ==================================================================================================
 @dataclass(eq=False)
 class Node:
@@ -232,9 +221,9 @@ class Node:
     (Tree-GRPO), a segment between forks (TreeRL), an action (GraphGPO).
 
     The first len(logps) of its tokens were drawn by the policy and carry loss; the others, a prompt
-    or an observation, were not. `kv`, while in use: kv[..., j, :] is of the token *before*
-    tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
-    So what begins below a node finds all but the node's last token there, and runs that again."""
+    or an observation, were not. kv[..., j, :] is of the token *before* tokens[j] on the path, whose
+    forward predicts tokens[j] (of a root: of all but its last token). So what begins below a node
+    finds all but the node's last token there, and runs that again."""
 
     parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
@@ -250,18 +239,11 @@ class Node:
 
     def path(self) -> list[Node]:
         """The nodes from the root to this one."""
-        nodes = [self]
-        while nodes[-1].parent:
-            nodes.append(nodes[-1].parent)
-        return nodes[::-1]
+        return [*(self.parent.path() if self.parent else []), self]
 
     def below(self) -> list[Node]:
         """This node and all under it, a child with all under it before the next child."""
-        nodes, stack = [], [self]
-        while stack:
-            nodes.append(stack.pop())
-            stack += reversed(nodes[-1].children)
-        return nodes
+        return [self, *(node for child in self.children for node in child.below())]
 
     def leaves(self) -> list[Node]:
         return [node for node in self.below() if not node.children]
@@ -290,8 +272,7 @@ def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
 
 
 def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """The attention that transformers calls in each layer. `attend`, which is handed through the
-    model's keyword arguments, does it."""
+    """What transformers calls in each layer: `attend`, handed through the model's arguments."""
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -317,15 +298,15 @@ class Lanes:
 
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
     own, in `own`. A new token attends to both: two score matrices, one softmax. A lane has `room`
-    for some more tokens. When one is full, or when most lanes idle, what was computed is stored in
-    the nodes, and new Lanes go on from there.
+    for some more tokens. When one is full, or most lanes idle, what was computed is stored in the
+    nodes, and new Lanes go on from there.
 
     Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
     the tokens that were not run yet. `at` and `token` are copies of length and of the last of new
     on the device, which `step` advances.
 
-    Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
-    them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
+    Shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of them, n new
+    tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
         self.model, self.graph, device = model, None, model.device
@@ -335,7 +316,6 @@ class Lanes:
             rows.setdefault(node.path()[0], []).append(node)
         self.W = max(map(len, rows.values()))
         self.grid = [node for row in padded(list(rows.values()), None) for node in row]
-
         self.length, self.new, paths = [], [], []
         for node in self.grid:
             path = node.path() if node else []
@@ -349,7 +329,6 @@ class Lanes:
         P, S = max(1, *(root.cached for root in rows)), self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
-
         # What a step reads and writes, in places that stay.
         prompt = torch.tensor([root.cached for root in rows], device=device)
         self.prompt = prompt.repeat_interleave(self.W)  # (B,), how long each lane's prompt is
@@ -359,8 +338,8 @@ class Lanes:
         self.drawn = torch.zeros(3, len(self.grid), dtype=dtype, device=device)
 
     def catch_up(self) -> None:
-        """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
-        score matrix must not get too large."""
+        """Run what is new in each lane but for the last token, which `step` runs; in pieces, so
+        that no score matrix gets too large."""
         keys = self.shared.shape[4] + self.room
         heads = self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
@@ -376,10 +355,9 @@ class Lanes:
 
     def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
         """Run ids (B, n), of which the first count[b] are lane b's, from slot at[b] on; of a lane
-        `seen` slots are looked at. Returns the last hidden states, (B, n, width).
-
-        Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
-        one: a CUDA graph cannot hold that."""
+        `seen` slots are looked at. Returns the last hidden states, (B, n, width). Nothing in here,
+        nor in `step`, hands the device a value or asks it for one: a CUDA graph cannot hold that.
+        """
         (B, n), P, device = ids.shape, self.shared.shape[4], ids.device
         column = torch.arange(n, device=device)
         slot = self.at[:, None] + column  # (B, n), where a token goes
@@ -389,7 +367,6 @@ class Lanes:
         visible = torch.cat([prompt.expand(B, n, P), own], -1)[:, None]
         mask = self.drawn.new_zeros(()).where(visible, -torch.inf)  # (B, 1, n, P + seen)
         target = slot.where(column < count[:, None], self.room)  # a pad goes where nobody looks
-
         attend = functools.partial(self.attend, target, mask)
         position = slot + self.prompt[:, None]
         out = self.model.model(ids, position_ids=position, use_cache=False, attend=attend)
@@ -404,7 +381,6 @@ class Lanes:
         own[:, :, lane, target] = torch.stack([k, v]).transpose(1, 2)
         shared_k, shared_v = shared.flatten(1, 2)  # (h R, P, D)
         own_k, own_v = own[..., :seen, :].flatten(1, 2)  # (h B, seen, D)
-
         # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
         # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
         gn = heads // h * n
@@ -434,8 +410,8 @@ class Lanes:
         self.at += 1
 
     def decode(self, steps: int, temperature: float, top_p: float, generator):
-        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
-        and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
+        """Draw `steps` tokens in each lane: tokens, log-probs and entropies, lists (steps, B). On
+        CUDA a step, a thousand kernels, is recorded once and then launched as one."""
         seen = self.room if self.recorded else max(self.length) + steps
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
@@ -446,7 +422,12 @@ class Lanes:
                 self.graph.replay()
             else:
                 step()  # once as it is: what a first call sets up cannot be recorded
-                self.graph = record(step, generator) if self.recorded else None
+            if self.recorded and self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                if generator is not None:
+                    self.graph.register_generator_state(generator)
+                with torch.cuda.graph(self.graph):
+                    step()  # this runs nothing; each replay() runs it all
             drawn.append(self.drawn.clone())
         tokens, logps, entropies = torch.stack(drawn, 1)
         return tokens.long().tolist(), logps.tolist(), entropies.tolist()
@@ -460,18 +441,10 @@ class Lanes:
                 node.kv = self.own[:, :, :, b, start:end].clone()
             start = end
 
-    def serve(self, live: list[int], steps: int) -> bool:
-        """Can these lanes go on for so many tokens? Not if there is no room, nor if they would fit
-        into three quarters of the lanes (into half of them where a step has to be recorded)."""
-        rows = Counter(b // self.W for b in live)
-        share = len(rows) * max(rows.values()) / len(self.grid)
-        enough = share > (0.5 if self.recorded else 0.75)
-        return enough and max(self.length) + steps <= self.room
-
 
 def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
-    """The keys and values that the nodes of each path hold, one after the other and zeros after
-    them: (layers, 2, KV heads, paths, room, head size)."""
+    """The keys and values that the nodes of each path hold, in a row, then zeros: (layers, 2, KV
+    heads, paths, room, head size)."""
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
@@ -486,34 +459,17 @@ def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
 
 
 @torch.inference_mode()
-def compute(model, nodes: list[Node]) -> None:
-    """The keys and values of prompts, roots or nodes below computed roots, but for the last token
-    of each, which each branch runs itself."""
-    lanes = Lanes(model, nodes)
-    lanes.catch_up()
-    for b, node in enumerate(lanes.grid):
-        if node:
-            lanes.store(b)
-
-
-def compute_roots(model, nodes: list[Node]) -> list[Node]:
-    """compute() for the roots above the nodes where it was not done yet. Returns these."""
-    roots = dict.fromkeys(node.path()[0] for node in nodes)
-    missing = [root for root in roots if root.kv is None]
+def compute(model, nodes: list[Node]) -> list[Node]:
+    """The keys and values of prompts (roots, or nodes below computed roots) but for the last token
+    of each, which each branch runs itself. Returns those for which it was not done yet."""
+    missing = [node for node in dict.fromkeys(nodes) if node.kv is None]
     if missing:
-        compute(model, missing)
+        lanes = Lanes(model, missing)
+        lanes.catch_up()
+        for b, node in enumerate(lanes.grid):
+            if node:
+                lanes.store(b)
     return missing
-
-
-def record(step, generator):
-    """A CUDA graph of step(). Recording runs nothing; each replay() runs it all, with other random
-    numbers."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
@@ -532,14 +488,11 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
         before = (probs > p) | (probs == p) & (word < token)
         likelier = probs.where(before, 0)
         outside = likelier.sum(-1, keepdim=True) >= top_p
-        if not recording(logits) and not outside.any():
+        recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not recording and not outside.any():  # while it records nothing can be asked for
             break
         token = torch.where(outside, draw_index(likelier, generator), token)
     return token[:, 0]
-
-
-def recording(x: Tensor) -> bool:  # a CUDA graph, in which nothing can be asked for
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def draw_index(weights: Tensor, generator) -> Tensor:
@@ -556,15 +509,13 @@ def sample(
     model, nodes: list[Node], limits, stop, eos, generator, temperature, top_p, counts, keep=True
 ) -> None:
     """Continue the path of each (new, empty) node, all together, until a token of the set eos,
-    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them.
-
-    Tokens above a node that were not run yet (a turn's last and the observation after it; at a fork
-    the last one above it, again) go in first. keep: may something begin below the nodes later? Then
-    they keep their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's
-    last one is not counted), generated_tokens and entropy (their sum, in nats).
-    FloatingPointError if a log-prob is not finite."""
+    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them; what of it
+    was not run yet goes in first. keep: may something begin below the nodes later? Then they keep
+    their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's last one is
+    not counted), generated_tokens and entropy (their sum, in nats). FloatingPointError if a
+    log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    roots = compute_roots(model, nodes)
+    roots = compute(model, [node.path()[0] for node in nodes])
     lanes = Lanes(model, nodes)
     counts["forwarded_tokens"] += length(roots) - len(roots)
     counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
@@ -572,7 +523,10 @@ def sample(
     limit = dict(zip(nodes, limits))
     live = [b for b, node in enumerate(lanes.grid) if node]
     while live:
-        if not lanes.serve(live, look):
+        # New lanes if there is no room, or if most of them idle; to record a step costs more.
+        rows = Counter(b // lanes.W for b in live)
+        share = len(rows) * max(rows.values()) / len(lanes.grid)
+        if max(lanes.length) + look > lanes.room or share <= (0.5 if lanes.recorded else 0.75):
             nodes = [lanes.grid[b] for b in live]
             for b in live:
                 lanes.store(b)
@@ -617,12 +571,10 @@ class Group(NamedTuple):
 
 
 def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
-    """Segments of like length, (tokens, path), into buckets, one attention call for each.
-
-    A path is the list of the places in the row of all tokens from the root on; the segment's own
-    come last. Returns the buckets, (queries, keys) with the places of the tokens of each segment
-    and of its path, padded; and of each token of the row the number of its query, counted through
-    all buckets."""
+    """Segments, (tokens, path), into buckets of like length, one attention call for each. A path is
+    the places in the row of all tokens from the root on, the segment's own last. Returns of each
+    bucket (queries, keys), the places of the tokens of its segments and of their paths, padded; and
+    of each token of the row the number of its query, counted through all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
     left = sorted(segments, key=lambda segment: segment[0])
     while left:
@@ -639,17 +591,13 @@ def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
 
 
 class Packed:
-    """The trees of groups as one row of their unique tokens, on a device: of each tree all that
-    leads to a leaf of a group.
-
-    A node's queries see the keys of its path, which are gathered; slot j of a path holds the token
-    at position j, so a query sees the slots up to its own position. paths: of each group, (leaves,
-    length), where in the log-probs those of a leaf's sampled tokens are, and a mask."""
+    """The trees of groups as one row of their unique tokens, on a device. A node's queries see the
+    keys of its path, which are gathered: slot j of a path holds the token at position j, so a query
+    sees the slots up to its own position. paths: of each group, (leaves, length), where in the
+    log-probs those of a leaf's sampled tokens are, and a mask."""
 
     def __init__(self, groups: list[Group], device):
-        def on_device(numbers):
-            return torch.tensor(numbers, device=device).long()
-
+        on_device = functools.partial(torch.tensor, dtype=torch.long, device=device)
         tokens, position, segments, read, target, logps = [], [], [], [], [], []
         path_of, logps_of = {}, {}  # node -> its path, and where its log-probs are
         for root, its_groups in itertools.groupby(groups, lambda group: group.root):
@@ -671,44 +619,31 @@ class Packed:
         buckets, number = buckets_of(segments)
         self.groups = groups
         self.ids, self.position = on_device([tokens]), on_device([position])
-        self.read, self.target = on_device(read), on_device(target)
+        self.read, self.target, self.number = map(on_device, (read, target, number))
         self.sampler_logps = torch.tensor(logps, device=device)
         self.old_logps = self.ref_logps = None  # the trainer's and the reference's, before a step
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
-        self.number = on_device(number)
         self.paths = []
         for group in groups:
             rows = [[i for n in leaf.path() for i in logps_of[n]] for leaf in group.leaves]
             places = on_device(padded(rows, -1))
             self.paths.append((places.clamp(min=0), places >= 0))
 
-    def masks(self, dtype: torch.dtype, g: int) -> list[Tensor]:
-        """Of each bucket, for all layers, with g query heads on a KV head: (segments, 1, g width,
-        path)."""
-        masks = []
-        for queries, keys in self.buckets:
-            slot = torch.arange(keys.shape[1], device=keys.device)
-            visible = slot <= self.position[0, queries][:, :, None]
-            mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
-            masks.append(mask.repeat(1, g, 1)[:, None])
-        return masks
-
-    def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
         heads, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
         # A token's gradients from all segments below it are summed in float32, and by index_select,
         # whose backward adds in a fixed order on a CPU; that of x[keys] does not.
         q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # (tokens, ., D)
         out = []
-        for (queries, keys), mask in zip(self.buckets, masks):
+        for queries, keys in self.buckets:
             (segments, width), P = queries.shape, keys.shape[1]
             qs = q.index_select(0, queries.flatten()).view(segments, width, h, -1, D)
-            qs = qs.movedim(1, 3).reshape(segments, h, -1, D)  # (segments, h, g width, D)
-            ks, vs = (
-                x.index_select(0, keys.flatten()).view(segments, P, h, D).transpose(1, 2)
-                for x in (k, v)
-            )
-            qs, ks, vs = qs.to(dtype), ks.to(dtype), vs.to(dtype)
+            qs = qs.movedim(1, 3).reshape(segments, h, -1, D).to(dtype)  # (segments, h, g width, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(segments, P, h, D) for x in (k, v))
+            ks, vs = ks.transpose(1, 2).to(dtype), vs.transpose(1, 2).to(dtype)
+            visible = torch.arange(P, device=q.device) <= self.position[0, queries][:, :, None]
+            mask = visible.repeat(1, heads // h, 1)[:, None]  # (segments, 1, g width, P)
             o = F.scaled_dot_product_attention(qs, ks, vs, mask, scale=scaling)
             out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
         return torch.cat(out).index_select(0, self.number)[None]
@@ -719,18 +654,14 @@ def packed_logps(model, packed: Packed) -> Tensor:
     packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
     where a sampled token is predicted, in chunks that the backward pass computes again, so that
     (tokens, vocabulary) logits never exist at once."""
-    device, config = model.device.type, model.config
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    masks = packed.masks(dtype, config.num_attention_heads // config.num_key_value_heads)
-    attend = functools.partial(packed.attend, masks)
-    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, attend=attend)
+    how = {"position_ids": packed.position, "use_cache": False, "attend": packed.attend}
+    out = model.model(packed.ids, **how)
 
     def logps(hidden, target):
         logits = full_precision(model.lm_head(hidden))
         return -F.cross_entropy(logits, target, reduction="none")
 
-    rows = max(1, 2**26 // config.vocab_size)
+    rows = max(1, 2**26 // model.config.vocab_size)
     hidden = out.last_hidden_state[0].index_select(0, packed.read)
     chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -752,18 +683,16 @@ def micro_batches(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     return parts
 
 
-def gathered(logps: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if logps is None else logps.index_select(0, index.flatten()).view_as(index)
-
-
 def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
-    """The loss of packed groups, from the trainer's log-probs, and the sums of grpo_loss's
-    stats."""
+    """The loss of packed groups from the trainer's log-probs, and sums of grpo_loss's stats."""
     loss, sums = 0.0, Counter()
     limits = args.clip_low, args.clip_high, args.kl_coef
     for group, (index, mask) in zip(packed.groups, packed.paths):
-        x = [gathered(x, index) for x in (logps, packed.old_logps, packed.ref_logps)]
-        part, stats = grpo_loss(*x, group.advantages.to(logps.device), mask, *limits)
+        x = []
+        for values in (logps, packed.old_logps, packed.ref_logps):
+            found = None if values is None else values.index_select(0, index.flatten())
+            x.append(found if found is None else found.view_as(index))
+        part, stats = grpo_loss(*x, group.advantages.to(logps), mask, *limits)
         loss = loss + group.weight * part
         for name, value in stats.items():
             sums[name] += value
@@ -802,131 +731,49 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
         optimizer.zero_grad()
     model.eval()
     sums = Counter({name: float(value) for name, value in sums.items()})
-    tokens = max(1, sums["tokens"])
-    drawn = sum(len(packed.target) for packed in parts)
-    return {
-        "loss": sums["loss"],
-        "kl": sums["kl"] / tokens if reference is not None else None,
-        "grad_norm": sums["norm"],
-        "clip_fraction": sums["clipped"] / tokens,
-        "sampler_gap": sums["gap"] / drawn if drawn else None,
-    }
+    tokens, drawn = max(1, sums["tokens"]), sum(len(packed.target) for packed in parts)
+    row = {"loss": sums["loss"], "kl": None, "grad_norm": sums["norm"], "sampler_gap": None}
+    row["clip_fraction"] = sums["clipped"] / tokens
+    if reference is not None:
+        row["kl"] = sums["kl"] / tokens
+    if drawn:
+        row["sampler_gap"] = sums["gap"] / drawn
+    return row
 
 
-# -------------------------------------------------------------------- the agent and its search tool
-class BM25:
-    """Okapi BM25 (k1 = 1.2, b = 0.75) over passages, pairs of title and text; words in lower
-    case."""
-
-    def __init__(self, passages: list[tuple[str, str]]):
-        self.passages, self.postings, lengths = passages, {}, []
-        for i, passage in enumerate(tqdm(passages, "index", unit="passage", leave=False, delay=1)):
-            words = Counter(re.findall(r"\w+", " ".join(passage).lower()))
-            lengths.append(float(words.total()))
-            for word, n in words.items():  # a posting: the passage's number, how often it is there
-                self.postings.setdefault(word, array("q")).extend((i, n))
-        mean = max(1, sum(lengths) / len(lengths))
-        self.scale = 1.2 * (0.25 + 0.75 * torch.tensor(lengths) / mean)
-
-    def top(self, query: str, k: int) -> list[tuple[str, str]]:
-        """The k best of the passages that share a word with the query, best first."""
-        scores = torch.zeros(len(self.passages))
-        for word in sorted(self.postings.keys() & set(re.findall(r"\w+", query.lower()))):
-            postings = torch.frombuffer(self.postings[word], dtype=torch.int64).view(-1, 2)
-            numbers, tf = postings[:, 0], postings[:, 1].float()
-            rarity = math.log(1 + (len(scores) - len(numbers) + 0.5) / (len(numbers) + 0.5))
-            scores[numbers] += rarity * 2.2 * tf / (tf + self.scale[numbers])
-        best = scores.topk(min(k, len(scores)))
-        ranked = zip(best.indices.tolist(), best.values.tolist())
-        return [self.passages[i] for i, score in ranked if score > 0]
-
-
-def show_passages(passages: list[tuple[str, str]]) -> str:
-    lines = [": ".join(filter(None, passage)) for passage in passages]
-    return "\n".join(lines) or "nothing found"
-
-
-def ask_server(url: str, queries: list[str], topk: int, timeout: float = 20, tries: int = 3):
-    """Query a Search-R1 compatible server, all queries in one request: an observation for each.
-    Never raises: after `tries` that fail the observations say that the search failed."""
-    body = json.dumps({"queries": queries, "topk": topk, "return_scores": True}).encode()
-    for attempt in range(tries):
-        time.sleep(0.5 * attempt)
-        try:
-            request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=timeout) as reply:
-                results = json.loads(reply.read(65536 * (len(queries) + 1)))["result"]
-            observations = []
-            for _, hits in zip(queries, results, strict=True):
-                texts = [hit["document"]["contents"] for hit in hits[:topk]]
-                observations.append(show_passages([text.partition("\n")[::2] for text in texts]))
-            return observations
-        except Exception as error:  # noqa: BLE001 (whatever a server does, training goes on)
-            message = f"search server {url}: {type(error).__name__}: {error}"
-            tqdm.write(message, file=sys.stderr)
-    return ["the search failed, there are no results"] * len(queries)
-
-
+# ---------------------------------------------------------------------------------- the agent
 INSTRUCTION = """Answer the question. In each turn, think between <think> and </think>, then search
 by <search> query </search> and read in the next turn what was found between <information> and
 </information>, or, when you know it, answer in a few words and nothing else:
 <answer> Paris </answer>. You have {turns} turns. Question: """
 HINT = "that was no action : write <search> query</search> or <answer> answer</answer>"
 ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
-WORDS = r"((?!</?(?:think|search|information|answer)>).)*"
-STEP = re.compile(
-    rf"\s*<think>{WORDS}</think>\s*<(?P<action>search|answer)>{WORDS}</(?P=action)>\s*", re.DOTALL
-)
-
-
-def normalise(answer: str) -> str:  # lower case, no punctuation, no articles, single spaces
-    answer = "".join(c for c in answer.lower() if c not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
-
-
-def outcome_reward(turns: list[str], answers: list[str]) -> float:
-    """R(H) of a finished trajectory, from the texts of its turns."""
-    action = ACTION.search(turns[-1])
-    answered = action is not None and action[1] == "answer"
-    match = answered and normalise(action[2]) in map(normalise, answers)
-    steps = [STEP.fullmatch(turn) for turn in turns]
-    actions = [step["action"] if step else None for step in steps]
-    well_formed = actions == ["search"] * (len(turns) - 1) + ["answer"]
-    if match:
-        return 1.0 if well_formed else 0.8
-    if well_formed:
-        return 0.2
-    return 0.1 if answered else 0.0
-
-
-@dataclass
-class Question:
-    text: str
-    answers: list[str]  # the answer and its aliases
-    passages: BM25  # what a search looks into
-    start: str = ""  # of a built-in question: the entity it starts from,
-    relations: tuple[str, ...] = ()  # and the relations to follow from there
 
 
 class Agent:
-    """The policy with its tool: episodes of turns, many at a time."""
+    """The policy with its search tool: episodes of turns, many at a time.
 
-    def __init__(self, model, tokenizer, args, training: list[Question], held_out: list[Question]):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.training, self.held_out = training, held_out
+    task is what --env makes: `training`, a list of questions, or an empty one if draw(rng) gives
+    them; `held_out`; search([(question, query), ...]) -> a text for each; reward(question, turns),
+    R(H), from the texts that the policy wrote. A question has a `text`. Optional: `instruction`,
+    told to a chat model before a question. For the tiny model: `words`, texts of one token each
+    (others it spells), and demonstrate(question, rng) -> the turns of an episode, pairs of what the
+    agent writes and what the search finds."""
+
+    def __init__(self, model, tokenizer, args, task):
+        self.model, self.tokenizer, self.args, self.task = model, tokenizer, args, task
         self.eos = end_tokens(model, tokenizer)
         self.piece = functools.cache(lambda token: tokenizer.decode([token]))
+        self.before, self.after = chat_template(tokenizer, args)
+        self.opened = "<think>" if self.after.rstrip().endswith("<think>") else ""
+        self.own_reward = load_named("--reward", args.reward)[0] if args.reward else None
 
-    def questions(self, step: int, rng: random.Random) -> list[Question]:
-        if self.training:
-            return batch_of(self.training, step, self.args)
-        return [make_question(rng, self.args.hops, False) for _ in range(self.args.prompts)]
-
-    def root(self, question: Question) -> Node:
+    def root(self, question) -> Node:
         text = question.text
-        if self.tokenizer.chat_template or self.args.data:  # else it knows what it is to do
-            text = INSTRUCTION.format(turns=self.args.max_turns) + text
-        return prompt_root(self.model, self.tokenizer, text)
+        if self.tokenizer.chat_template or not hasattr(self.task, "demonstrate"):
+            told = getattr(self.task, "instruction", INSTRUCTION)
+            text = told.replace("{turns}", str(self.args.max_turns)) + text
+        return Node(tokens=encode(self.tokenizer, text, self.before, self.after))
 
     def text(self, node: Node) -> str:  # what the policy wrote in it
         written = node.tokens[: len(node.logps)]
@@ -937,17 +784,24 @@ class Agent:
             return False
         return bool(re.search("</(search|answer)>", self.tokenizer.decode(tokens)))
 
-    def search(self, asked: list[tuple[Question, Node, str]]) -> list[str]:
-        """An observation for each question's query."""
-        if self.args.search_url and asked:
-            return ask_server(self.args.search_url, [query for *_, query in asked], self.args.topk)
-        found = [question.passages.top(query, self.args.topk) for question, _, query in asked]
-        return [show_passages(passages) for passages in found]
-
     def observation(self, found: str) -> list[int]:
         texts = ("\n\n<information>", f" {found}", "</information>\n\n")
         head, body, tail = (encode(self.tokenizer, text) for text in texts)
         return head + body[: max(0, self.args.info_tokens - len(head) - len(tail))] + tail
+
+    def reward(self, question, leaf: Node) -> float:
+        turns = [self.text(turn) for turn in leaf.path()[1:]]
+        turns[0] = self.opened + turns[0]
+        with blame(f"the reward {self.args.reward or 'of the task'}"):
+            if self.own_reward:
+                tokens = [token for turn in leaf.path()[1:] for token in turn.tokens]
+                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                reward = float(self.own_reward(question, self.opened + text))
+            else:
+                reward = float(self.task.reward(question, turns))
+            if not math.isfinite(reward):
+                raise ValueError(f"{reward} is not finite")
+        return reward
 
     def play(self, draws: tuple, starts: list[tuple]) -> None:
         """For each (question, node, tree) a new branch below the node, played to its end, where it
@@ -966,161 +820,84 @@ class Agent:
                     over.add(node)
                 elif action:
                     asked.append((question, node, action[2].strip()))
-            found = dict(zip((node for _, node, _ in asked), self.search(asked)))
+            queries = [(question, query) for question, _, query in asked]
+            found = self.task.search(queries) if queries else []
+            found = dict(zip((node for _, node, _ in asked), found))
             counts["tool_calls"] += len(asked)
             going = []
             for question, node in live:
                 if node not in over:
                     observation = self.observation(found.get(node, HINT))
                     if length(node.path()) + len(observation) < context:
+                        if node.tokens[-1] in self.eos:  # the turn goes on, as in Search-R1
+                            node.tokens.pop()
+                            node.logps.pop()
                         node.tokens += observation
                         going.append((question, Node(node, tree=node.tree)))
                         continue
-                turns = [self.text(turn) for turn in node.path()[1:]]
-                node.reward = outcome_reward(turns, question.answers)
+                node.reward = self.reward(question, node)
                 forget([node])  # nothing begins below it
             live = going
 
 
-def picture(agent: Agent, prompts: list[tuple], groups: list[Group]) -> str:
-    """The trees of a prompt, whose rewards differ if possible, in green or red by the mean
-    advantage of the leaves below a node."""
-    mixed = [group for group in groups if len({leaf.reward for leaf in group.leaves}) > 1]
-    group = (mixed or groups)[0]
-    advantages = dict(zip(group.leaves, map(float, group.advantages)))
-    nodes, notes, values = group.root.below(), [], []
-    for node in nodes:
-        below = [advantages[leaf] for leaf in node.leaves() if leaf in advantages]
-        values.append(sum(below) if below else None)
-        note = ""
-        if node.reward is not None:
-            note = f"R = {node.reward:g}, " + (f"A = {below[0]:+.2f}" if below else "not kept")
-        notes.append(note)
-    words = [question.text for question, root in prompts if root is group.root]
-    words += [agent.text(node) for node in nodes[1:]]
-    return mermaid(nodes, words, notes, values)
-
-
-# ---------------------------------------------------------------------------- built-in questions
-PEOPLE = "Ada Bob Cleo Dan Eve Finn Gus Hana Ivo Jane Kai Lena Max Nora Ola".split()
-CITIES = "Rome Oslo Lima Cairo Paris Delhi Quito Tunis Bern Kyoto".split()
-RELATIONS = {  # of what, and what it gives
-    "mother": (PEOPLE, PEOPLE),
-    "friend": (PEOPLE, PEOPLE),
-    "teacher": (PEOPLE, PEOPLE),
-    "birthplace": (PEOPLE, CITIES),
-    "home": (PEOPLE, CITIES),
-    "mayor": (CITIES, PEOPLE),
-    "founder": (CITIES, PEOPLE),
-    "twin": (CITIES, CITIES),
-}
-
-
-def make_question(rng: random.Random, max_hops: int, held_out: bool) -> Question:
-    """A question of 2 to max_hops hops over facts drawn for it alone, so there is nothing to
-    remember. A fifth of all question texts is held out."""
-    while True:
-        entity = start = rng.choice(PEOPLE + CITIES)
-        facts, seen = {}, [start]  # (relation, of) -> entity
-        for _ in range(rng.randint(2, max_hops)):
-            used = [relation for relation, _ in facts]
-            fitting = [r for r, (of, _) in RELATIONS.items() if entity in of and r not in used]
-            relation, of = rng.choice(fitting), entity
-            entity = rng.choice([e for e in RELATIONS[relation][1] if e not in seen])
-            facts[relation, of] = entity
-            seen.append(entity)
-        relations = tuple(relation for relation, _ in facts)
-        text = f"{'Where' if entity in CITIES else 'Who'} is the {' of the '.join(relations[::-1])}"
-        text += f" of {start}?"
-        if (random.Random(text).random() < 0.2) == held_out:
-            break
-
-    def other(kind: list[str]) -> str:  # so that no search is ambiguous
-        return rng.choice([e for e in kind if e not in seen])
-
-    # Facts beside the way: another relation of each entity, each relation of another entity.
-    for relation, of in list(facts):
-        kinds = [r for r, (kind, _) in RELATIONS.items() if of in kind and r != relation]
-        beside = rng.choice(kinds)
-        facts.setdefault((beside, of), other(RELATIONS[beside][1]))
-        facts.setdefault(
-            (relation, rng.choice(RELATIONS[relation][0])), other(RELATIONS[relation][1])
-        )
-    passages = [
-        ("", f"the {relation} of {of} is {value}") for (relation, of), value in facts.items()
-    ]
-    rng.shuffle(passages)
-    return Question(text, [entity], BM25(passages), start, relations)
-
-
-def demonstrate(question: Question, rng: random.Random) -> list[tuple[str, str]]:
-    """The turns of an imperfect agent, each with what its search finds: it tends to stop early, and
-    at times asks for a wrong relation. What it teaches is mostly wrong, for reward to mend."""
-    turns, entity = [], question.start
-    for relation in question.relations:
-        if turns and rng.random() < 0.6:
-            break
-        if rng.random() < 0.15:
-            relation = rng.choice([r for r in RELATIONS if r != relation])
-        query = f"{relation} of {entity}"
-        found = question.passages.top(query, 1)[0][1]
-        turns.append((f"<think> next {relation}</think><search> {query}</search>", found))
-        entity = found.partition(" is ")[2]
-    return [*turns, (f"<think> done</think><answer> {entity}</answer>", "")]
-
-
-def built_in_model(args, device: torch.device):
-    """The tiny model, warm-started on demonstrations of the built-in task."""
-    words = [*RELATIONS, *PEOPLE, *CITIES]
-    words += re.findall(r"\w+", f"is the of next done nothing found {HINT}")
-    names = ("think", "search", "information", "answer")
-    tags = [tag for name in names for tag in (f"<{name}>", f"</{name}>")]
-    spaced = [f" {word}" for word in words]
-    model, tokenizer = tiny_model([*spaced, "Who", "Where", "\n\n", *tags], device, args.seed)
-    agent, paths = Agent(model, tokenizer, args, [], []), []
-    rng = random.Random(f"{args.seed}/demonstrations")
-    for _ in range(32 * args.sft_steps):  # 32 for each step
-        question = make_question(rng, args.hops, False)
-        node = agent.root(question)
-        for text, found in demonstrate(question, rng):
-            tokens = encode(tokenizer, text)
-            node = Node(node, tokens, [0.0] * len(tokens))
-            if found:
-                node.tokens += agent.observation(found)
-        paths.append(node.path())
-    warm_start(model, paths, args)
-    return model, tokenizer
-
-
-def read_questions(path: str) -> list[Question]:
-    """HotpotQA and 2WikiMultihopQA (JSON lists), MuSiQue (JSON lines; its unanswerable questions
-    are left out), told apart by a record's fields. A search looks into all passages of the file."""
-    pool = {}
-
-    def parse(record: dict) -> tuple[str, list[str]] | None:
-        if "paragraphs" in record:
-            passages = [(p["title"], p["paragraph_text"]) for p in record["paragraphs"]]
-        else:
-            passages = []
-            for title, sentences in record["context"]:
-                passages.append((title, " ".join(s.strip() for s in sentences)))
-        answers = [record["answer"], *record.get("answer_aliases", [])]
-        texts = [record["question"], *answers, *itertools.chain(*passages)]
-        if not passages or not all(isinstance(text, str) for text in texts):
-            raise TypeError("question, answers and passages are texts")
-        pool.update(dict.fromkeys(passages))
-        return (record["question"], answers) if record.get("answerable", True) else None
-
-    wanted = "HotpotQA or 2Wiki (question, answer, context) or MuSiQue (with paragraphs)"
-    found = read_records(path, parse, wanted)
-    index = BM25(list(pool))
-    return [Question(question, answers, index) for question, answers in found]
-
-
 # ---------------------------------------------------------------------------------- models and runs
-def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
-    text = text.encode("utf-8", "replace").decode()
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+ENVS = Path(__file__).resolve().parent / "envs"
+
+
+@contextlib.contextmanager
+def blame(what: str):
+    """Whatever fails in here becomes a BadInput, which says `what` and why."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (files of users fail in any way)
+        plain = isinstance(error, (ValueError, OSError, ImportError))
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise BadInput(f"{what}: {reason[:300]}") from None
+
+
+def load_named(flag: str, spec: str):
+    """FILE.py:NAME or FILE.py:NAME:TEXT -> what the file calls NAME, and [] or [TEXT]. The file may
+    import what lies beside it."""
+    path, _, name = spec.partition(".py:")
+    name, *text = name.split(":", 1)
+    path = Path(f"{path}.py").resolve()
+    sys.path.insert(0, str(path.parent))
+    with blame(f"{flag} {spec}: want FILE.py:NAME"):
+        found = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return getattr(module, name), text
+
+
+def load_beside(file: str):
+    """What a file of envs/ has for this script; None where the script was copied without it."""
+    spec = f"{ENVS}/{file}:{Path(__file__).stem}"
+    return load_named("--env", spec)[0] if ENVS.exists() else None
+
+
+def encode(tokenizer, text: str, before: str = "", after: str = "") -> list[int]:
+    """The tokens of a text, with what a chat template writes before and after it. Where the text
+    names control tokens, as <|im_end|>, these are mere letters."""
+
+    def tokens(text, split):
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    if tokens(text, True) == tokens(text, False):
+        return tokens(before + text + after, False)
+    return tokens(before, False) + tokens(text, True) + tokens(after, False)
+
+
+def chat_template(tokenizer, args) -> tuple[str, str]:
+    """What the model's chat template, if it has one, writes before and after a user's turn."""
+    if not tokenizer.chat_template and not args.system and args.template_kwargs == "{}":
+        return "", ""
+    chat = [{"role": "system", "content": args.system}] if args.system else []
+    chat.append({"role": "user", "content": "\0"})
+    with blame("--system, --template-kwargs: the chat template fails"):
+        how = {"add_generation_prompt": True, "tokenize": False, **json.loads(args.template_kwargs)}
+        before, _, after = tokenizer.apply_chat_template(chat, **how).partition("\0")
+    return before, after
 
 
 def end_tokens(model, tokenizer) -> set[int]:
@@ -1130,34 +907,32 @@ def end_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
 
 
-# Kinds of models for which the tests compare sampler and trainer with plain forwards.
 KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """A causal LM of a kind in KINDS whose layers all attend to everything before, and its
-    tokenizer, from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for
-    weights that do not fit the model, which would be random numbers instead."""
+    """A causal LM of KINDS (those that tests compare with plain forwards) and its tokenizer, from a
+    hub id or a folder. BadInput, which blames `flag`, for others, and if weights do not fit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
     how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
-    try:
+    with blame(f"{flag} {path}: no model that can be used"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         if not tokenizer("a")["input_ids"]:
             raise ValueError("the tokenizer is missing")
         if wrong := {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}:
             raise ValueError(f"its weights do not fit: {wrong}")
-        kind = model.config.model_type
-        layers = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-        if getattr(model.config, "sliding_window", None):
+        c = model.config
+        layers = {*(getattr(c, "layer_types", None) or ["full_attention"])}
+        if getattr(c, "sliding_window", None):
             layers.add("sliding_attention")
-        if kind not in KINDS or layers != {"full_attention"}:
-            wanted = f"one of {', '.join(KINDS)} with full attention"
-            raise ValueError(f"it is {kind} with {', '.join(sorted(layers))}, not {wanted}")
-    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
-        raise BadInput(f"{flag} {path}: no model that can be used ({str(error)[:200]})") from None
+        if c.model_type not in KINDS or layers != {"full_attention"}:
+            wanted = f"one of {', '.join(KINDS)} that attends to everything before"
+            raise ValueError(f"it is {c.model_type} with {', '.join(sorted(layers))}, not {wanted}")
+    for parameter in model.parameters():  # a copy: what is mapped to a file, Windows locks
+        parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
 
@@ -1178,8 +953,7 @@ def policy_and_reference(args, model, start: str):
     torch.backends.cuda.enable_cudnn_sdp(False)
     if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
         old_name = model.gradient_checkpointing_enable
-        enable = getattr(model, "activation_checkpointing_enable", old_name)
-        enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     reference = load_model(start, model.device)[0].requires_grad_(False) if args.kl_coef else None
     if args.dtype == "float32":
         return model, reference
@@ -1189,115 +963,67 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words, device: torch.device, seed: int):
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
-    given words."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
-    quiet_transformers()
-    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(list(words))
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
-    # At the usual initializer_range, 0.02, so small a model does not leave its plateau.
-    config = Qwen2Config(**size, **heads, **room, initializer_range=0.08)
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.set_attn_implementation("token_tree")
-    return model.to(device).eval(), tokenizer
-
-
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on demonstrations (paths to a leaf): a policy gradient with advantage 1 is
-    imitation."""
-    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = batches(paths, max(1, len(paths) // max(1, args.sft_steps)))
-    for step, part in enumerate(tqdm(parts, "warm start", unit="step")):
-        slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
-        optimizer.param_groups[0]["lr"] = lr * slope
-        groups = [Group(path[0], path[-1:], torch.ones(1, 1), 1 / len(part)) for path in part]
-        update(model, None, optimizer, groups, args)
-
-
 def resume_run(args, given: set[str]):
-    """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
-    folder, and its state. BadInput if there is none, or if other arguments are given."""
-    try:
-        found = sorted(Path(args.resume).glob("checkpoint-*/state.pt"))
-        if not found:
+    """--resume -> the arguments, those of the run unless others are given now, its newest
+    checkpoint's folder, and its state."""
+    if own := given & {"model", "env", "data", "method", "out"}:
+        raise BadInput(f"--{min(own)}: a run that is continued keeps its own; leave it out")
+    with blame(f"--resume {args.resume}: no run to continue"):
+        newest = max(Path(args.resume).glob("checkpoint-*/state.pt"), default=None)
+        if newest is None:
             raise ValueError("there is no checkpoint in it")
-        folder = found[-1].parent
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(newest, weights_only=True, map_location="cpu")
         if state["script"] != Path(__file__).name:
             raise ValueError(f"it is a run of {state['script']}")
-        saved = type(args)(**state["args"])
-    except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no run to continue ({str(error)[:150]})") from None
-    changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
-    if extra := given - changeable - {"resume"}:
-        flag = min(extra).replace("_", "-")
-        raise BadInput(f"--{flag}: a run that is continued keeps its own; leave it out")
-    changed = {name: getattr(args, name) for name in given & changeable}
-    changed |= {"out": args.resume, "resume": args.resume}
-    return dataclasses.replace(saved, **changed), str(folder), state
+        kept = {name: value for name, value in state["args"].items() if name not in given}
+        return dataclasses.replace(args, **kept | {"out": args.resume}), str(newest.parent), state
 
 
-def new_optimizer(model, args, state: dict | None):
-    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-    return optimizer
-
-
-def save_model(folder: Path, model, tokenizer) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    with blame(f"--out {folder.parent}: cannot save, is the disk full? --resume goes on"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if state:
+            torch.save(state, folder / "state.pt")
 
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, renamed when whole; random states and the place in the data
-    follow from step."""
+    """Renamed when whole. Random states and the place in the data follow from `step`."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
     state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
-    state["metrics"] = (out / "metrics.jsonl").stat().st_size
-    torch.save(state | {"optimizer": optimizer.state_dict()}, temporary / "state.pt")
+    state |= {
+        "metrics": (out / "metrics.jsonl").stat().st_size,
+        "optimizer": optimizer.state_dict(),
+    }
+    save_model(temporary, model, tokenizer, state)
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
 
 
-class Log:
-    """metrics.jsonl, of which the first `size` bytes are kept, and the run of --log."""
+def open_log(args, size: int):
+    """log(event, step, row) adds to metrics.jsonl, cut to its first `size` bytes, and to --log."""
+    file = open(Path(args.out, "metrics.jsonl"), "a", encoding="utf-8")
+    file.truncate(size)
+    tracker = importlib.import_module(args.log) if args.log else None
+    if tracker:
+        tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
 
-    def __init__(self, args, size: int):
-        self.path = Path(args.out, "metrics.jsonl")
-        self.path.touch()
-        os.truncate(self.path, size)
-        self.tracker = importlib.import_module(args.log) if args.log else None
-        if self.tracker:
-            self.tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
-
-    def __call__(self, event: str, step: int, row: dict) -> None:
+    def log(event: str, step: int, row: dict) -> None:
         row = {"event": event, "step": step, **row}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.tracker:
-            self.tracker.log(row, step=step)
+        print(json.dumps(row), file=file, flush=True)
+        if tracker:
+            tracker.log(row, step=step)
         if event == "eval":
             shown = f"{row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy"
             tqdm.write(f"step {step}: held-out success {shown}")
 
+    return log
+
 
 def catch_signals() -> list:
-    """The first Ctrl-C or SIGTERM from now on is added to this list; a second one ends the process,
-    which does no harm: a run goes on from its last checkpoint."""
+    """The first Ctrl-C or SIGTERM from now on is put on this list; a second ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1305,116 +1031,39 @@ def catch_signals() -> list:
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("stopping after this step", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
-def copy_weights(model, policy) -> None:
-    if policy is not model:
-        for copied, master in zip(policy.parameters(), model.parameters()):
-            copied.data.copy_(master.data)
-
-
-def peak_gb(device: torch.device) -> float | None:
-    """The most memory in use since the last call; None if that is not known."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def mermaid_text(text: str) -> str:
-    """A text as part of a Mermaid label."""
-    words = " ".join(text.split())[:160]
-    return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in words)
-
-
 def evaluate(actor) -> dict[str, float]:
-    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
-    greedily."""
-    row = {}
+    """Share of the held-out that one chain each solves, at temperature 1 and greedily."""
+    row, args, held_out = {}, actor.args, actor.task.held_out
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator, solved = torch.Generator(actor.model.device).manual_seed(0), 0
-        for part in tqdm(batches(actor.held_out, actor.args.at_once), name, leave=False, delay=1):
+        for part in tqdm(batches(held_out, args.at_once), name, leave=False, delay=1):
             starts = [(task, actor.root(task), 0) for task in part]
             actor.play((generator, temperature, 1.0, Counter()), starts)
-            solved += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-        row[name] = solved / len(actor.held_out)
+            solved += sum(root.leaves()[0].reward > args.success for _, root, _ in starts)
+        row[name] = solved / len(held_out)
+    leaf = starts[-1][1].leaves()[0]
+    text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
+    text = f"The last held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
+    Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
     return row
 
 
-def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list) -> str:
-    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by
-    its value's sign; white without a value."""
-    lines = ["```mermaid", "flowchart TD"]
-    for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
-        color = "fff"
-        if value is not None:
-            color = "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
-        label = "<br>".join(filter(None, [mermaid_text(text), note]))
-        lines += [f'    n{i}["{label}"]', f"    style n{i} fill:#{color},color:#000"]
-        if i > 0:
-            trunk = f"|tree {node.tree + 1}|" if node.parent is nodes[0] else ""
-            lines.append(f"    n{nodes.index(node.parent)} -->{trunk} n{i}")
-    return "\n".join([*lines, "```", ""])
-
-
-def read_records(path: str, parse, wanted: str) -> list:
-    """parse(record), unless it is None, of each record of a file, a JSON list or JSON lines.
-    BadInput names the file, and the record that is no JSON or that parse fails on."""
-    found, number = [], 0
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-        if text[:1] == "[":
-            records = json.loads(text)
-        else:
-            records = [line for line in text.split("\n") if line.strip()]
-        for number, record in enumerate(records, 1):
-            item = parse(json.loads(record) if isinstance(record, str) else record)
-            if item is not None:
-                found.append(item)
-    except OSError as error:
-        raise BadInput(f"--data {path}: {error.strerror}; give a data file") from None
-    except Exception as error:  # noqa: BLE001 (a file may hold anything)
-        where = f"record {number}: " if number else ""
-        reason = f"{type(error).__name__}: {str(error)[:150]}"
-        raise BadInput(f"--data {path}: {where}want JSON of {wanted} ({reason})") from None
-    if len(found) < 2:
-        raise BadInput(f"--data {path}: want two records of use or more, as one is held out")
-    return found
-
-
-def split_data(items: list, most: int) -> tuple[list, list]:
-    """To train on, and held out: a fifth, rounded up, at most so many; the same for every seed."""
-    items = random.Random(0).sample(items, len(items))
-    held_out = min(most, -(-len(items) // 5))
-    return items[held_out:], items[:held_out]
-
-
-def batch_of(data: list, step: int, args) -> list:
-    """A training step's part of the data, in an order of its own in each pass over it."""
-    batch, orders = [], {}
+def batch_of(task, step: int, args, rng: random.Random) -> list:
+    """A training step's part of the data, in an order of its own in each pass over it; or, without
+    data, as many that are drawn."""
+    if not task.training:
+        return [task.draw(rng) for _ in range(args.prompts)]
+    batch, n = [], len(task.training)
     for i in range(step * args.prompts, (step + 1) * args.prompts):
-        epoch, place = divmod(i, len(data))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{args.seed}/{epoch}/data").sample(data, len(data))
-        batch.append(orders[epoch][place])
+        if not batch or i % n == 0:
+            order = random.Random(f"{args.seed}/{i // n}/data").sample(task.training, n)
+        batch.append(order[i % n])
     return batch
-
-
-def prompt_root(model, tokenizer, text: str) -> Node:
-    """A new root with a prompt, in the model's chat template if it has one. BadInput if the context
-    has no room."""
-    context = model.config.max_position_embeddings
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    root = Node(tokens=encode(tokenizer, text))
-    if len(root.tokens) >= context:
-        raise BadInput(f"--model: a context of {context} tokens is too short for {text[-60:]!r}")
-    return root
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1429,8 +1078,15 @@ def arg(default, help: str, choices: tuple | None = None):
 @dataclass
 class Args:
     model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built here)")
-    data: str = arg("", "HotpotQA, 2WikiMultihopQA or MuSiQue file (default: built-in questions)")
+    env: str = arg("", "questions, FILE.py:NAME[:TEXT] (default: envs/facts.py:Facts)")
+    data: str = arg("", "file or folder of HotpotQA, 2Wiki, MuSiQue ...: see envs/questions.py")
+    skip_bad_records: bool = arg(False, "of --data: leave them out instead of stopping")
     search_url: str = arg("", "Search-R1 server, http://host:port/retrieve (default: BM25)")
+    search_timeout: float = arg(20.0, "seconds that a request of 32 queries may take")
+    reward: str = arg("", "one's own reward, FILE.py:NAME: (question, text of a path) -> number")
+    success: float = arg(0.5, "a reward above this counts as success")
+    system: str = arg("", "a system prompt for a chat model")
+    template_kwargs: str = arg("{}", "JSON for its chat template: '{\"enable_thinking\": false}'")
     method: str = arg("tree_grpo", "grpo: M independent chains", choices=("tree_grpo", "grpo"))
     advantage: str = arg("both", "terms of Eq. 7 (Table 4)", choices=("both", "intra", "inter"))
     M: int = arg(2, "independent chains per prompt, each the trunk of a tree")
@@ -1452,7 +1108,6 @@ class Args:
     turn_tokens: int = arg(0, "most tokens of a turn (default: 500 with --model, 32 without)")
     info_tokens: int = arg(500, "most tokens of an observation")
     topk: int = arg(0, "passages per search (default: 3 with --data, 1 without)")
-    hops: int = arg(3, "most hops of built-in questions (4: --max-turns 5)")
     sft_steps: int = arg(250, "supervised steps that warm-start the tiny model")
     eval_prompts: int = arg(200, "held-out questions (of --data a fifth at most)")
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
@@ -1463,19 +1118,18 @@ class Args:
     dtype: str = arg("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     seed: int = arg(0, "of everything random")
     log: str = arg("", "log to trackio or wandb as well", choices=("trackio", "wandb"))
-    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    out: str = arg("", "folder to write (default: one in runs/)")
     resume: str = arg("", "folder of a run to continue (--steps, --lr ... may be changed)")
 
 
 # Names of arguments of all three scripts.
 MAY_BE_0 = "N L steps warmup sft_steps clip_low clip_high kl_coef gamma".split()
 MAY_BE_0 += "beta_graph beta_episode invalid_penalty kept_tokens".split()
-AT_MOST_1 = ("top_p", "omega", "gamma")
+AT_MOST_1 = ("top_p", "omega", "gamma", "clip_low")
 
 
 def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
-    one line if it is none."""
+    """Command line -> (an instance of the dataclass `cls`, the set of names given)."""
 
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
@@ -1483,35 +1137,30 @@ def parse_args(cls, argv: list[str]):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
-        flag, how, shown = "--" + f.name.replace("_", "-"), {}, f.metadata["help"]
+        flag, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
-        else:
-            how = {"type": type(f.default), "choices": f.metadata["choices"]}
-            shown += f" (default: {f.default})" if f.default else ""
+        elif f.default:
+            shown += f" (default: {f.default})"
         parser.add_argument(flag, help=shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        if isinstance(value, (int, float)):
-            least_0 = name in MAY_BE_0 or not getattr(cls, name)
-            most = 1 if name in AT_MOST_1 else 1e15
-            if not (0 <= value if least_0 else 0 < value) or not value <= most:
-                fail(f"--{name.replace('_', '-')} {value}: out of range")
-    args = cls(**given)
-    if args.log and not importlib.util.find_spec(args.log):
-        fail(f"--log {args.log}: pip install {args.log}")
-    return args, set(given)
+        least = 0 if name in MAY_BE_0 or not getattr(cls, name) else 1e-12
+        most = 1 if name in AT_MOST_1 else 1e15
+        if isinstance(value, (int, float)) and name != "success" and not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    if "log" in given and not importlib.util.find_spec(given["log"]):
+        fail(f"--log {given['log']}: pip install {given['log']}")
+    return cls(**given), set(given)
 
 
 def pick_device(args) -> torch.device:
-    name = args.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
+    best = "cuda:0" if torch.cuda.is_available() else "cpu"
+    name = best if args.device == "auto" else args.device
+    with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {name}: not available here; leave it out") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
@@ -1522,12 +1171,11 @@ def pick_device(args) -> torch.device:
 
 
 def make_folder(args) -> Path:
-    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = time.strftime("%Y%m%d-%H%M%S")  # another run may begin in the same second
+    args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     out = Path(args.out)
-    try:
+    with blame(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
     if not args.resume and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty; choose another folder, or --resume the run")
     return out
@@ -1538,54 +1186,51 @@ def main(argv: list[str]) -> None:
     weights, state = args.model, None
     if args.resume:
         args, weights, state = resume_run(args, given)
-    if not 2 <= args.hops <= 4:
-        raise BadInput(f"--hops {args.hops}: give 2, 3 or 4")
     if args.method == "grpo":
         args.N = 0
     if args.advantage == "intra" and (args.N * args.L == 0 or args.keep == 1):
         raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     if args.search_url and not args.data:
-        raise BadInput(
-            "--search-url: the built-in questions bring their facts; give --data as well"
-        )
+        raise BadInput("--search-url: it is for questions of a file; give --data as well")
     if args.data and not weights:
         raise BadInput("--data: the tiny model knows the built-in questions only; give --model")
     device = pick_device(args)
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
-    args.topk = args.topk or (3 if args.data else 1)
     args.turn_tokens = args.turn_tokens or (500 if args.model else 32)
-    if args.data:
-        training, held_out = split_data(read_questions(args.data), args.eval_prompts)
-    else:
-        rng, training = random.Random(0), []  # the same held-out questions for every seed
-        held_out = [make_question(rng, args.hops, True) for _ in range(args.eval_prompts)]
+    spec = args.env or f"{ENVS}/{'questions.py:Questions' if args.data else 'facts.py:Facts'}"
+    make, text = load_named("--env", spec)
+    with blame(f"--data {args.data}" if args.data else f"--env {spec}"):
+        task = make(args, *text)
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
-        agent = Agent(model, tokenizer, args, training, held_out)
-        for question in tqdm(training + held_out, "prompts", leave=False, delay=1):
-            agent.root(question)  # raises BadInput if a prompt does not fit
+        agent, context = Agent(model, tokenizer, args, task), model.config.max_position_embeddings
+        for items in (task.held_out, task.training):
+            count = len(items)
+            items[:] = [item for item in items if len(agent.root(item).tokens) < context]
+            if len(items) < count:
+                print(f"{count - len(items)} of {count} prompts are left out, as they are too long")
+        if not task.held_out:
+            raise BadInput(f"--model: a context of {context} tokens is too short")
+    elif not ENVS.exists() or not all(hasattr(task, name) for name in ("words", "demonstrate")):
+        raise BadInput("--model: give one, as the task has no words and demonstrate(), or no envs/")
     out = make_folder(args)
     if not weights:
-        model, tokenizer = built_in_model(args, device)
+        model, tokenizer = load_beside("tiny.py")(sys.modules[__name__], args, task, device)
         save_model(out / "start", model, tokenizer)
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
-    agent = Agent(policy, tokenizer, args, training, held_out)
-    what = f"{len(training) or 'built-in'} questions to train on, {len(held_out)} held out"
-    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {what}", flush=True)
-    train(args, model, reference, agent, state)
+    items = f"{len(task.training) or 'drawn'} questions, {len(task.held_out)} held out"
+    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {items}", flush=True)
+    train(args, model, reference, Agent(policy, tokenizer, args, task), state)
 
 
 def cli(argv: list[str]) -> None:
-    """main(), but what stops it is said in a line."""
-    try:
+    try:  # what stops it is said in a line
         main(argv)
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}; go on with --resume and a lower --lr")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"stopped: {error}; begin again with less at once (--help)")
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)")
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)

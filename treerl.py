@@ -17,30 +17,28 @@ The algorithm, of which `train` is the loop:
         4. the sampler gets the new weights
 
 A segment between two forks is a node. Branches share the keys and values of what they have in
-common, and are trained on it once: the engine, below the loop.
-Left out: several processes, mini-batches, learning rate schedules beyond a warm-up."""
+common, and are trained on it once: the engine, below the loop."""
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import contextlib
 import copy
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import itertools
 import json
 import math
 import os
 import random
-import re
 import shutil
 import signal
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,13 +50,12 @@ from tqdm import tqdm
 
 # ------------------------------------------------------------------------------- TreeRL: the method
 def step_rewards(parents: list[int], leaf_rewards: dict[int, float]) -> Tensor:
-    """Process reward R(s) of each node s of one prompt's tree (TreeRL).
+    """Process reward R(s) of each node s of one prompt's tree (TreeRL), (nodes,) in float64.
 
     parents: of each node, before it; -1 of node 0, the root, that is the prompt, which gets 0.
-    leaf_rewards: of each node without children. Returns (nodes,) in float64. ValueError for parents
-    that are no such tree, a leaf without a reward, a reward elsewhere or one that is not finite."""
-    tree = len(parents) > 0 and parents[0] == -1
-    if not tree or not all(0 <= p < i for i, p in enumerate(parents) if i):
+    leaf_rewards: of each node without children. ValueError for parents that are no such tree, and
+    unless the leaves, and only these, have finite rewards."""
+    if list(parents[:1]) != [-1] or not all(0 <= p < i for i, p in enumerate(parents) if i):
         raise ValueError(f"want a root with parent -1, and parents before children, got {parents}")
     leaves = set(range(len(parents))).difference(parents)
     if set(leaf_rewards) != leaves or not all(map(math.isfinite, leaf_rewards.values())):
@@ -79,24 +76,21 @@ def step_rewards(parents: list[int], leaf_rewards: dict[int, float]) -> Tensor:
 
 
 def leave_one_out(rewards: Tensor) -> Tensor:
-    """Advantages of independent chains (ChainRL), (G,) -> (G,): reward minus the mean of the
-    others; 0 for a lone one."""
+    """Advantages of independent chains (ChainRL), (G,): reward less the others' mean, alone 0."""
     x = rewards.double() - rewards[:1]  # so that equal rewards give exactly 0
     return (len(x) * x - x.sum()) / max(1, len(x) - 1)
 
 
 def fork_points(logps: Tensor, n: int, allowed: Tensor) -> list[int]:
-    """The n most uncertain sampled tokens of a tree (EPTree): largest H = -log pi of
-    the token itself first, of equals the earlier; fewer if fewer are allowed. logps: (P,), in nats,
-    of all branches; allowed: (P,), bool."""
+    """The n most uncertain sampled tokens of a tree (EPTree): largest H = -log pi first, of equals
+    the earlier; fewer if fewer are allowed. logps: (P,), in nats; allowed: (P,), bool."""
     order = logps.masked_fill(~allowed, math.inf).argsort(stable=True)
     return order[: min(n, int(allowed.sum()))].tolist()
 
 
 def fork_candidates(root: Node, tree: int, answer_at) -> tuple[list, Tensor, Tensor]:
     """All sampled tokens of one tree as (node, index in it), their log-probs (P,), and where it may
-    be forked, (P,) in bool. answer_at(leaf): the number on its path of the token that begins the
-    answer."""
+    be forked, (P,) in bool: on the path to a leaf before its token number answer_at(leaf)."""
     places, allowed, seen = [], [], set()
     trunks = [node for node in root.children if node.tree == tree]
     for leaf in [leaf for trunk in trunks for leaf in trunk.leaves()]:
@@ -115,9 +109,8 @@ def fork_candidates(root: Node, tree: int, answer_at) -> tuple[list, Tensor, Ten
 
 
 def split(node: Node, t: int) -> Node:
-    """Cut a node before its token t: it keeps what comes before, a new child gets the rest and all
-    that hung below, each with its part of the keys and values. Returns the node that begins with
-    token t; a fork is its sibling."""
+    """Cut a node before its token t: a new child gets the rest and all that hung below, each with
+    its keys and values. Returns the node that begins with token t; a fork is its sibling."""
     if t == 0:
         return node
     below, node.children = node.children, []
@@ -132,10 +125,9 @@ def split(node: Node, t: int) -> Node:
 
 def eptree(play, prompts: list[tuple], M: int, N: int, L: int, T: int, answer_at) -> None:
     """TreeRL's search below each root of `prompts`, (problem, root) pairs, all together: at most
-    M (1 + N L T) leaves each, by L + 1 parallel generations. N = 0 gives chains.
-
-    play(starts, keep) adds to each (problem, node, tree) a child with tokens and log-probs to the
-    end; keep: may it be forked? answer_at(problem, leaf): see fork_candidates."""
+    M (1 + N L T) leaves each, by L + 1 parallel generations. N = 0 gives chains. play(starts, keep)
+    adds to each (problem, node, tree) a child with tokens and log-probs to the end; keep: may it be
+    forked? answer_at(problem, leaf): see fork_candidates."""
     rounds = L if N else 0
     # M independent chains are the trunks of the prompt's trees.
     starts = [(problem, root, tree) for problem, root in prompts for tree in range(M)]
@@ -158,8 +150,8 @@ def process_rewards(root: Node, method: str) -> dict[Node, float]:
     """Each node's R(s), or of independent chains the leave-one-out advantage."""
     nodes = root.below()
     if method == "chainrl":
-        rewards = torch.tensor([leaf.reward for leaf in nodes[1:]])
-        return dict(zip(nodes, [0.0, *leave_one_out(rewards).tolist()]))
+        A = leave_one_out(torch.tensor([leaf.reward for leaf in nodes[1:]]))
+        return dict(zip(nodes, [0.0, *A.tolist()]))
     number = {node: i for i, node in enumerate(nodes)}
     parents = [number.get(node.parent, -1) for node in nodes]
     rewards = {number[leaf]: leaf.reward for leaf in root.leaves()}
@@ -168,15 +160,12 @@ def process_rewards(root: Node, method: str) -> dict[Node, float]:
 
 def credit(root: Node, args, rng: random.Random) -> tuple[list[Node], Tensor]:
     """--keep leaves of a prompt, at random, a right one among them if there is any, and the
-    advantages of their tokens, (leaves, length), padded.
-
-    Every token of a segment s carries R(s), and each leaf's path is a sequence of its own, so s
-    counts once for each kept leaf below it: with all kept its weight is |L(s)| R(s) = sqrt(|L(s)|)
-    (G_A(s) + L_A(s)), over the paths' lengths."""
+    advantages of their tokens, (leaves, length), padded. Every token of a segment s carries R(s),
+    and each leaf's path is a sequence of its own, so s counts once for each kept leaf below it."""
     leaves, R = root.leaves(), process_rewards(root, args.method)
     kept = rng.sample(leaves, min(args.keep, len(leaves)))
-    right = [leaf for leaf in leaves if leaf.reward]
-    if right and not any(leaf.reward for leaf in kept):
+    right = [leaf for leaf in leaves if leaf.reward > args.success]
+    if right and not any(leaf in right for leaf in kept):
         kept[0] = rng.choice(right)
     rows = [[R[node] for node in leaf.path()[1:] for _ in node.tokens] for leaf in kept]
     return kept, torch.tensor(padded(rows, 0.0))
@@ -184,37 +173,26 @@ def credit(root: Node, args, rng: random.Random) -> tuple[list[Node], Tensor]:
 
 # ----------------------------------------------------------------------------------------- the loss
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    ref_logp: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor,
-    clip_low: float = 0.2,
-    clip_high: float = 0.2,
-    kl_coef: float = 0.0,
+    logp, old_logp, ref_logp, advantages, mask, clip_low=0.2, clip_high=0.2, kl_coef=0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The clipped policy loss with a KL penalty (Tree-GRPO, Eq. 8, with its sign turned).
 
-    Returns the sum over sequences of the mean over each sequence's own sampled tokens (0 for one
-    without any), which the caller divides by the prompt's sequences, Eq. 8's G, and by the prompts;
-    and sums over sampled tokens, to be added over calls: tokens, clipped (the clip takes their
-    gradient), kl (nats).
-
     logp, old_logp, ref_logp, mask: (sequences, length), mask true on sampled tokens; nothing else
     is read. advantages: (sequences,), (sequences, 1) or (sequences, length). ref_logp None: no KL,
-    ValueError unless kl_coef is 0."""
+    ValueError unless kl_coef is 0. Returns the sum over sequences of the mean over each sequence's
+    own sampled tokens (0 for one without any), which the caller divides by the prompt's sequences,
+    Eq. 8's G, and by the prompts; and sums over sampled tokens: their number, clipped (the clip
+    takes their gradient), kl (nats)."""
     if ref_logp is None and kl_coef:
         raise ValueError("kl_coef needs ref_logp")
     mask = mask.bool()
     if advantages.dim() == 1:
         advantages = advantages[:, None]
     advantages = advantages.to(logp.dtype).expand_as(logp).masked_fill(~mask, 0)
-
     ratio = (logp - old_logp).masked_fill(~mask, 0).exp()
     plain = ratio * advantages
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     loss = -torch.minimum(plain, clipped)  # Eq. 8, with its KL below
-
     gap = (ref_logp if ref_logp is not None else logp.detach()) - logp
     gap = gap.masked_fill(~mask, 0)
     kl = gap.exp() - gap - 1
@@ -226,21 +204,22 @@ def grpo_loss(
 
 # ------------------------------------------------------------------------------- the training loop
 def train(args, model, reference, solver: Solver, state: dict | None) -> None:
-    """solver.model samples: `model` itself, or its copy in bfloat16. state: a checkpoint's, to go
-    on from, or None."""
+    """solver.model samples: `model`, or its copy in bfloat16. state: a checkpoint's, or None."""
     out, tokenizer = Path(args.out), solver.tokenizer
-    optimizer = new_optimizer(model, args, state)
-    first = state["step"] if state else 0
-    log = Log(args, state["metrics"] if state else 0)
+    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
+    if state:
+        optimizer.load_state_dict(state["optimizer"])
+    first, size = (state["step"], state["metrics"]) if state else (0, 0)
+    log = open_log(args, size)
     if not state:
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if first == 0:
         log("eval", 0, evaluate(solver))
-    signals = catch_signals()
+    signals, picture = catch_signals(), load_beside("pictures.py")
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
-        peak_gb(model.device)  # counts from here on
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
         rng = random.Random(f"{args.seed}/{step}")
@@ -250,7 +229,7 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
         play = functools.partial(solver.play, draws)
 
         # 1. Search (EPTree).
-        prompts = [(problem, solver.root(problem)) for problem in solver.problems(step, rng)]
+        prompts = [(item, solver.root(item)) for item in batch_of(solver.task, step, args, rng)]
         for part in batches(prompts, args.at_once):
             eptree(play, part, args.M, args.N, args.L, args.T, solver.answer_at)
             forget(node for _, root in part for node in root.below())
@@ -264,20 +243,25 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
 
         # 3. Update; then the sampler gets the new weights.
         row = update(model, reference, optimizer, groups, args)
-        copy_weights(model, solver.model)
+        if solver.model is not model:
+            solver.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
-        won = [[leaf.reward for leaf in root.leaves()] for _, root in prompts]
-        row["reward"] = row["success"] = sum(map(sum, won)) / sum(map(len, won))
+        rewards = [[leaf.reward for leaf in root.leaves()] for _, root in prompts]
+        won = [[reward > args.success for reward in own] for own in rewards]
+        row["reward"] = sum(map(sum, rewards)) / sum(map(len, rewards))
+        row["success"] = sum(map(sum, won)) / sum(map(len, won))
         row["pass_rate"] = sum(map(any, won)) / len(won)
         row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
-        row["peak_gb"] = peak_gb(model.device)
+        row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        (out / "tree.md").write_text(picture(solver, prompts, groups), "utf-8", "replace")
+        if picture:
+            drawn = picture(sys.modules[__name__], solver, prompts, groups)
+            (out / "tree.md").write_text(drawn, "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, evaluate(solver))
@@ -290,9 +274,9 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
 
 
 # ==================================================================================================
-# The engine: the same text in all three scripts, to be read once. It computes what tests/naive.py
-# does with one forward per path, but fast: branches share the keys and values above them when they
-# are sampled, and each token of a tree is trained on once.
+# The engine: the same text in all three scripts, to be read once. It does what tests/naive.py does
+# with one forward per path, but fast: branches share the keys and values above them when they are
+# sampled, and each token of a tree is trained on once.
 # ==================================================================================================
 @dataclass(eq=False)
 class Node:
@@ -300,9 +284,9 @@ class Node:
     (Tree-GRPO), a segment between forks (TreeRL), an action (GraphGPO).
 
     The first len(logps) of its tokens were drawn by the policy and carry loss; the others, a prompt
-    or an observation, were not. `kv`, while in use: kv[..., j, :] is of the token *before*
-    tokens[j] on the path, whose forward predicts tokens[j] (of a root: of all but its last token).
-    So what begins below a node finds all but the node's last token there, and runs that again."""
+    or an observation, were not. kv[..., j, :] is of the token *before* tokens[j] on the path, whose
+    forward predicts tokens[j] (of a root: of all but its last token). So what begins below a node
+    finds all but the node's last token there, and runs that again."""
 
     parent: Node | None = None
     tokens: list[int] = field(default_factory=list)
@@ -318,18 +302,11 @@ class Node:
 
     def path(self) -> list[Node]:
         """The nodes from the root to this one."""
-        nodes = [self]
-        while nodes[-1].parent:
-            nodes.append(nodes[-1].parent)
-        return nodes[::-1]
+        return [*(self.parent.path() if self.parent else []), self]
 
     def below(self) -> list[Node]:
         """This node and all under it, a child with all under it before the next child."""
-        nodes, stack = [], [self]
-        while stack:
-            nodes.append(stack.pop())
-            stack += reversed(nodes[-1].children)
-        return nodes
+        return [self, *(node for child in self.children for node in child.below())]
 
     def leaves(self) -> list[Node]:
         return [node for node in self.below() if not node.children]
@@ -358,8 +335,7 @@ def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
 
 
 def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
-    """The attention that transformers calls in each layer. `attend`, which is handed through the
-    model's keyword arguments, does it."""
+    """What transformers calls in each layer: `attend`, handed through the model's arguments."""
     return attend(module.layer_idx, query, key, value, scaling), None
 
 
@@ -385,15 +361,15 @@ class Lanes:
 
     A prompt's keys and values are held once per row, in `shared`; what comes after is each lane's
     own, in `own`. A new token attends to both: two score matrices, one softmax. A lane has `room`
-    for some more tokens. When one is full, or when most lanes idle, what was computed is stored in
-    the nodes, and new Lanes go on from there.
+    for some more tokens. When one is full, or most lanes idle, what was computed is stored in the
+    nodes, and new Lanes go on from there.
 
     Of lane b: grid[b] is its node (None: idle), length[b] how many of its slots are filled, new[b]
     the tokens that were not run yet. `at` and `token` are copies of length and of the last of new
     on the device, which `step` advances.
 
-    Letters in shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of
-    them, n new tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
+    Shapes: R rows, W lanes in each, B = R W lanes, h KV heads, g query heads on each of them, n new
+    tokens, P slots of a prompt, S slots of a lane, D the size of a head."""
 
     def __init__(self, model, nodes: list[Node]):
         self.model, self.graph, device = model, None, model.device
@@ -403,7 +379,6 @@ class Lanes:
             rows.setdefault(node.path()[0], []).append(node)
         self.W = max(map(len, rows.values()))
         self.grid = [node for row in padded(list(rows.values()), None) for node in row]
-
         self.length, self.new, paths = [], [], []
         for node in self.grid:
             path = node.path() if node else []
@@ -417,7 +392,6 @@ class Lanes:
         P, S = max(1, *(root.cached for root in rows)), self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
-
         # What a step reads and writes, in places that stay.
         prompt = torch.tensor([root.cached for root in rows], device=device)
         self.prompt = prompt.repeat_interleave(self.W)  # (B,), how long each lane's prompt is
@@ -427,8 +401,8 @@ class Lanes:
         self.drawn = torch.zeros(3, len(self.grid), dtype=dtype, device=device)
 
     def catch_up(self) -> None:
-        """Run what is new in each lane but for the last token, which `step` runs; in pieces, as a
-        score matrix must not get too large."""
+        """Run what is new in each lane but for the last token, which `step` runs; in pieces, so
+        that no score matrix gets too large."""
         keys = self.shared.shape[4] + self.room
         heads = self.model.config.num_attention_heads
         most = max(1, MOST_SCORES // (len(self.grid) * heads * keys))
@@ -444,10 +418,9 @@ class Lanes:
 
     def run(self, ids: Tensor, count: Tensor, seen: int) -> Tensor:
         """Run ids (B, n), of which the first count[b] are lane b's, from slot at[b] on; of a lane
-        `seen` slots are looked at. Returns the last hidden states, (B, n, width).
-
-        Nothing in here, nor in `step` while it is recorded, hands the device a value or asks it for
-        one: a CUDA graph cannot hold that."""
+        `seen` slots are looked at. Returns the last hidden states, (B, n, width). Nothing in here,
+        nor in `step`, hands the device a value or asks it for one: a CUDA graph cannot hold that.
+        """
         (B, n), P, device = ids.shape, self.shared.shape[4], ids.device
         column = torch.arange(n, device=device)
         slot = self.at[:, None] + column  # (B, n), where a token goes
@@ -457,7 +430,6 @@ class Lanes:
         visible = torch.cat([prompt.expand(B, n, P), own], -1)[:, None]
         mask = self.drawn.new_zeros(()).where(visible, -torch.inf)  # (B, 1, n, P + seen)
         target = slot.where(column < count[:, None], self.room)  # a pad goes where nobody looks
-
         attend = functools.partial(self.attend, target, mask)
         position = slot + self.prompt[:, None]
         out = self.model.model(ids, position_ids=position, use_cache=False, attend=attend)
@@ -472,7 +444,6 @@ class Lanes:
         own[:, :, lane, target] = torch.stack([k, v]).transpose(1, 2)
         shared_k, shared_v = shared.flatten(1, 2)  # (h R, P, D)
         own_k, own_v = own[..., :seen, :].flatten(1, 2)  # (h B, seen, D)
-
         # The g query heads on a KV head are folded into the queries; so are, before the prompt, the
         # lanes of a row. Nothing is repeated, and a prompt's keys are read once for all its lanes.
         gn = heads // h * n
@@ -502,8 +473,8 @@ class Lanes:
         self.at += 1
 
     def decode(self, steps: int, temperature: float, top_p: float, generator):
-        """Draw `steps` tokens in each lane. On CUDA a step, a thousand kernels, is recorded once
-        and then launched as one. Returns tokens, log-probs and entropies, lists (steps, B)."""
+        """Draw `steps` tokens in each lane: tokens, log-probs and entropies, lists (steps, B). On
+        CUDA a step, a thousand kernels, is recorded once and then launched as one."""
         seen = self.room if self.recorded else max(self.length) + steps
         self.at.copy_(torch.tensor(self.length))
         self.token.copy_(torch.tensor([tokens[-1] for tokens in self.new]))
@@ -514,7 +485,12 @@ class Lanes:
                 self.graph.replay()
             else:
                 step()  # once as it is: what a first call sets up cannot be recorded
-                self.graph = record(step, generator) if self.recorded else None
+            if self.recorded and self.graph is None:
+                self.graph = torch.cuda.CUDAGraph()
+                if generator is not None:
+                    self.graph.register_generator_state(generator)
+                with torch.cuda.graph(self.graph):
+                    step()  # this runs nothing; each replay() runs it all
             drawn.append(self.drawn.clone())
         tokens, logps, entropies = torch.stack(drawn, 1)
         return tokens.long().tolist(), logps.tolist(), entropies.tolist()
@@ -528,18 +504,10 @@ class Lanes:
                 node.kv = self.own[:, :, :, b, start:end].clone()
             start = end
 
-    def serve(self, live: list[int], steps: int) -> bool:
-        """Can these lanes go on for so many tokens? Not if there is no room, nor if they would fit
-        into three quarters of the lanes (into half of them where a step has to be recorded)."""
-        rows = Counter(b // self.W for b in live)
-        share = len(rows) * max(rows.values()) / len(self.grid)
-        enough = share > (0.5 if self.recorded else 0.75)
-        return enough and max(self.length) + steps <= self.room
-
 
 def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
-    """The keys and values that the nodes of each path hold, one after the other and zeros after
-    them: (layers, 2, KV heads, paths, room, head size)."""
+    """The keys and values that the nodes of each path hold, in a row, then zeros: (layers, 2, KV
+    heads, paths, room, head size)."""
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
@@ -554,34 +522,17 @@ def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
 
 
 @torch.inference_mode()
-def compute(model, nodes: list[Node]) -> None:
-    """The keys and values of prompts, roots or nodes below computed roots, but for the last token
-    of each, which each branch runs itself."""
-    lanes = Lanes(model, nodes)
-    lanes.catch_up()
-    for b, node in enumerate(lanes.grid):
-        if node:
-            lanes.store(b)
-
-
-def compute_roots(model, nodes: list[Node]) -> list[Node]:
-    """compute() for the roots above the nodes where it was not done yet. Returns these."""
-    roots = dict.fromkeys(node.path()[0] for node in nodes)
-    missing = [root for root in roots if root.kv is None]
+def compute(model, nodes: list[Node]) -> list[Node]:
+    """The keys and values of prompts (roots, or nodes below computed roots) but for the last token
+    of each, which each branch runs itself. Returns those for which it was not done yet."""
+    missing = [node for node in dict.fromkeys(nodes) if node.kv is None]
     if missing:
-        compute(model, missing)
+        lanes = Lanes(model, missing)
+        lanes.catch_up()
+        for b, node in enumerate(lanes.grid):
+            if node:
+                lanes.store(b)
     return missing
-
-
-def record(step, generator):
-    """A CUDA graph of step(). Recording runs nothing; each replay() runs it all, with other random
-    numbers."""
-    graph = torch.cuda.CUDAGraph()
-    if generator is not None:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        step()
-    return graph
 
 
 def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
@@ -600,14 +551,11 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
         before = (probs > p) | (probs == p) & (word < token)
         likelier = probs.where(before, 0)
         outside = likelier.sum(-1, keepdim=True) >= top_p
-        if not recording(logits) and not outside.any():
+        recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not recording and not outside.any():  # while it records nothing can be asked for
             break
         token = torch.where(outside, draw_index(likelier, generator), token)
     return token[:, 0]
-
-
-def recording(x: Tensor) -> bool:  # a CUDA graph, in which nothing can be asked for
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def draw_index(weights: Tensor, generator) -> Tensor:
@@ -624,15 +572,13 @@ def sample(
     model, nodes: list[Node], limits, stop, eos, generator, temperature, top_p, counts, keep=True
 ) -> None:
     """Continue the path of each (new, empty) node, all together, until a token of the set eos,
-    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them.
-
-    Tokens above a node that were not run yet (a turn's last and the observation after it; at a fork
-    the last one above it, again) go in first. keep: may something begin below the nodes later? Then
-    they keep their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's
-    last one is not counted), generated_tokens and entropy (their sum, in nats).
-    FloatingPointError if a log-prob is not finite."""
+    until stop(tokens) is true, or to its limit >= 1. Branches share what is above them; what of it
+    was not run yet goes in first. keep: may something begin below the nodes later? Then they keep
+    their keys and values. counts, a Counter, gets more forwarded_tokens (run; a node's last one is
+    not counted), generated_tokens and entropy (their sum, in nats). FloatingPointError if a
+    log-prob is not finite."""
     look = LOOK.get(model.device.type, 1)
-    roots = compute_roots(model, nodes)
+    roots = compute(model, [node.path()[0] for node in nodes])
     lanes = Lanes(model, nodes)
     counts["forwarded_tokens"] += length(roots) - len(roots)
     counts["forwarded_tokens"] += sum(len(new) for new, node in zip(lanes.new, lanes.grid) if node)
@@ -640,7 +586,10 @@ def sample(
     limit = dict(zip(nodes, limits))
     live = [b for b, node in enumerate(lanes.grid) if node]
     while live:
-        if not lanes.serve(live, look):
+        # New lanes if there is no room, or if most of them idle; to record a step costs more.
+        rows = Counter(b // lanes.W for b in live)
+        share = len(rows) * max(rows.values()) / len(lanes.grid)
+        if max(lanes.length) + look > lanes.room or share <= (0.5 if lanes.recorded else 0.75):
             nodes = [lanes.grid[b] for b in live]
             for b in live:
                 lanes.store(b)
@@ -685,12 +634,10 @@ class Group(NamedTuple):
 
 
 def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
-    """Segments of like length, (tokens, path), into buckets, one attention call for each.
-
-    A path is the list of the places in the row of all tokens from the root on; the segment's own
-    come last. Returns the buckets, (queries, keys) with the places of the tokens of each segment
-    and of its path, padded; and of each token of the row the number of its query, counted through
-    all buckets."""
+    """Segments, (tokens, path), into buckets of like length, one attention call for each. A path is
+    the places in the row of all tokens from the root on, the segment's own last. Returns of each
+    bucket (queries, keys), the places of the tokens of its segments and of their paths, padded; and
+    of each token of the row the number of its query, counted through all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
     left = sorted(segments, key=lambda segment: segment[0])
     while left:
@@ -707,17 +654,13 @@ def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
 
 
 class Packed:
-    """The trees of groups as one row of their unique tokens, on a device: of each tree all that
-    leads to a leaf of a group.
-
-    A node's queries see the keys of its path, which are gathered; slot j of a path holds the token
-    at position j, so a query sees the slots up to its own position. paths: of each group, (leaves,
-    length), where in the log-probs those of a leaf's sampled tokens are, and a mask."""
+    """The trees of groups as one row of their unique tokens, on a device. A node's queries see the
+    keys of its path, which are gathered: slot j of a path holds the token at position j, so a query
+    sees the slots up to its own position. paths: of each group, (leaves, length), where in the
+    log-probs those of a leaf's sampled tokens are, and a mask."""
 
     def __init__(self, groups: list[Group], device):
-        def on_device(numbers):
-            return torch.tensor(numbers, device=device).long()
-
+        on_device = functools.partial(torch.tensor, dtype=torch.long, device=device)
         tokens, position, segments, read, target, logps = [], [], [], [], [], []
         path_of, logps_of = {}, {}  # node -> its path, and where its log-probs are
         for root, its_groups in itertools.groupby(groups, lambda group: group.root):
@@ -739,44 +682,31 @@ class Packed:
         buckets, number = buckets_of(segments)
         self.groups = groups
         self.ids, self.position = on_device([tokens]), on_device([position])
-        self.read, self.target = on_device(read), on_device(target)
+        self.read, self.target, self.number = map(on_device, (read, target, number))
         self.sampler_logps = torch.tensor(logps, device=device)
         self.old_logps = self.ref_logps = None  # the trainer's and the reference's, before a step
         self.buckets = [(on_device(queries), on_device(keys)) for queries, keys in buckets]
-        self.number = on_device(number)
         self.paths = []
         for group in groups:
             rows = [[i for n in leaf.path() for i in logps_of[n]] for leaf in group.leaves]
             places = on_device(padded(rows, -1))
             self.paths.append((places.clamp(min=0), places >= 0))
 
-    def masks(self, dtype: torch.dtype, g: int) -> list[Tensor]:
-        """Of each bucket, for all layers, with g query heads on a KV head: (segments, 1, g width,
-        path)."""
-        masks = []
-        for queries, keys in self.buckets:
-            slot = torch.arange(keys.shape[1], device=keys.device)
-            visible = slot <= self.position[0, queries][:, :, None]
-            mask = torch.zeros(1, dtype=dtype, device=keys.device).where(visible, -torch.inf)
-            masks.append(mask.repeat(1, g, 1)[:, None])
-        return masks
-
-    def attend(self, masks, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """q: (1, h g, tokens, D), k and v: (1, h, tokens, D). Returns (1, tokens, h g, D)."""
         heads, D, h, dtype = q.shape[1], q.shape[3], k.shape[1], v.dtype
         # A token's gradients from all segments below it are summed in float32, and by index_select,
         # whose backward adds in a fixed order on a CPU; that of x[keys] does not.
         q, k, v = (full_precision(x[0].transpose(0, 1)) for x in (q, k, v))  # (tokens, ., D)
         out = []
-        for (queries, keys), mask in zip(self.buckets, masks):
+        for queries, keys in self.buckets:
             (segments, width), P = queries.shape, keys.shape[1]
             qs = q.index_select(0, queries.flatten()).view(segments, width, h, -1, D)
-            qs = qs.movedim(1, 3).reshape(segments, h, -1, D)  # (segments, h, g width, D)
-            ks, vs = (
-                x.index_select(0, keys.flatten()).view(segments, P, h, D).transpose(1, 2)
-                for x in (k, v)
-            )
-            qs, ks, vs = qs.to(dtype), ks.to(dtype), vs.to(dtype)
+            qs = qs.movedim(1, 3).reshape(segments, h, -1, D).to(dtype)  # (segments, h, g width, D)
+            ks, vs = (x.index_select(0, keys.flatten()).view(segments, P, h, D) for x in (k, v))
+            ks, vs = ks.transpose(1, 2).to(dtype), vs.transpose(1, 2).to(dtype)
+            visible = torch.arange(P, device=q.device) <= self.position[0, queries][:, :, None]
+            mask = visible.repeat(1, heads // h, 1)[:, None]  # (segments, 1, g width, P)
             o = F.scaled_dot_product_attention(qs, ks, vs, mask, scale=scaling)
             out.append(o.view(segments, h, -1, width, D).movedim(3, 1).reshape(-1, heads, D))
         return torch.cat(out).index_select(0, self.number)[None]
@@ -787,18 +717,14 @@ def packed_logps(model, packed: Packed) -> Tensor:
     packed.paths tells where each leaf's are. One forward over unique tokens. The head runs only
     where a sampled token is predicted, in chunks that the backward pass computes again, so that
     (tokens, vocabulary) logits never exist at once."""
-    device, config = model.device.type, model.config
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else model.dtype
-    masks = packed.masks(dtype, config.num_attention_heads // config.num_key_value_heads)
-    attend = functools.partial(packed.attend, masks)
-    out = model.model(packed.ids, position_ids=packed.position, use_cache=False, attend=attend)
+    how = {"position_ids": packed.position, "use_cache": False, "attend": packed.attend}
+    out = model.model(packed.ids, **how)
 
     def logps(hidden, target):
         logits = full_precision(model.lm_head(hidden))
         return -F.cross_entropy(logits, target, reduction="none")
 
-    rows = max(1, 2**26 // config.vocab_size)
+    rows = max(1, 2**26 // model.config.vocab_size)
     hidden = out.last_hidden_state[0].index_select(0, packed.read)
     chunks = list(zip(hidden.split(rows), packed.target.split(rows)))
     if len(chunks) == 1:
@@ -820,18 +746,16 @@ def micro_batches(groups: list[Group], max_tokens: int) -> list[list[Group]]:
     return parts
 
 
-def gathered(logps: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if logps is None else logps.index_select(0, index.flatten()).view_as(index)
-
-
 def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
-    """The loss of packed groups, from the trainer's log-probs, and the sums of grpo_loss's
-    stats."""
+    """The loss of packed groups from the trainer's log-probs, and sums of grpo_loss's stats."""
     loss, sums = 0.0, Counter()
     limits = args.clip_low, args.clip_high, args.kl_coef
     for group, (index, mask) in zip(packed.groups, packed.paths):
-        x = [gathered(x, index) for x in (logps, packed.old_logps, packed.ref_logps)]
-        part, stats = grpo_loss(*x, group.advantages.to(logps.device), mask, *limits)
+        x = []
+        for values in (logps, packed.old_logps, packed.ref_logps):
+            found = None if values is None else values.index_select(0, index.flatten())
+            x.append(found if found is None else found.view_as(index))
+        part, stats = grpo_loss(*x, group.advantages.to(logps), mask, *limits)
         loss = loss + group.weight * part
         for name, value in stats.items():
             sums[name] += value
@@ -870,240 +794,129 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
         optimizer.zero_grad()
     model.eval()
     sums = Counter({name: float(value) for name, value in sums.items()})
-    tokens = max(1, sums["tokens"])
-    drawn = sum(len(packed.target) for packed in parts)
-    return {
-        "loss": sums["loss"],
-        "kl": sums["kl"] / tokens if reference is not None else None,
-        "grad_norm": sums["norm"],
-        "clip_fraction": sums["clipped"] / tokens,
-        "sampler_gap": sums["gap"] / drawn if drawn else None,
-    }
+    tokens, drawn = max(1, sums["tokens"]), sum(len(packed.target) for packed in parts)
+    row = {"loss": sums["loss"], "kl": None, "grad_norm": sums["norm"], "sampler_gap": None}
+    row["clip_fraction"] = sums["clipped"] / tokens
+    if reference is not None:
+        row["kl"] = sums["kl"] / tokens
+    if drawn:
+        row["sampler_gap"] = sums["gap"] / drawn
+    return row
 
 
-# --------------------------------------------------------------------------- problems and solutions
+# ------------------------------------------------------------------------------ solutions
 REQUEST = "Solve the problem step by step and put the final answer in \\boxed{}.\n\n"
-NUMBER = re.compile(  # x =, sign, number, a unit that does not change it
-    r"(?:[A-Za-z ]*(?:[=:]|\bis\b))?\s*(?P<sign>[-−+]?)\s*"
-    r"(?P<value>(?=\.?[0-9])(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]*)(?:\.[0-9]+|/0*[1-9][0-9]*)?)\s*"
-    r"(?!(?i:hundred|thousand|[mbtr]+illion|dozen|squared|cubed|and|or|times|plus|minus|k|bn)\b)"
-    r"(?:[A-Za-z%°][A-Za-z%°. /]*)?\.?"
-)
-
-
-class Problem(NamedTuple):
-    text: str
-    answer: str
-    latex: bool = False  # compared by math_verify, as in MATH; else as numbers, as in GSM8K
-
-
-def final_answer(text: str, latex: bool) -> tuple[int, str | None]:
-    """Where the final answer of a solution begins, and what it says: the last \\boxed{...} or, if
-    numbers are asked for and there is none, what follows the last ####. (len(text), None) without
-    either, None if a brace is not closed."""
-    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
-        start = -1 if latex else text.rfind("####")
-        if start < 0:
-            return len(text), None
-        return start, text[start + 4 :].split("\n")[0].strip()
-    box, depth = text[start:].split("box", 1)[1].removeprefix("ed").lstrip(), 0
-    if box[:1] != "{":  # \boxed 2, of which there are some in MATH
-        return start, box.split("$")[0].strip() or None
-    for brace in re.finditer(r"\\.|[{}]", box, re.DOTALL):  # those after a backslash do not count
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
-        if depth == 0:
-            return start, box[1 : brace.start()].strip()
-    return start, None
-
-
-def number(text: str) -> Fraction | None:
-    """The value of a text that says one number, be it with commas, a currency sign, "x =" or a unit
-    around it."""
-    text = text.replace("{,}", ",").strip("* \n")
-    text = re.sub(r"(?<![0-9])\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}", r"\1/\2", text)
-    text = re.sub(r"(US)?\\?[$€£¥]|\\[,!;: ]|\\(?=%)", "", text)
-    text = re.sub(r"\\(?:text|mathrm)\{([^{}]*)\}", r"\1", text)
-    match = NUMBER.fullmatch(text.strip()) if len(text) < 100 else None
-    if match is None:
-        return None
-    value = Fraction(match["value"].replace(",", ""))
-    return -value if match["sign"] in ("-", "−") else value
-
-
-def is_right(answer: str | None, problem: Problem) -> bool:
-    """Does a final answer equal the problem's? It is never evaluated as code, nor for long."""
-    if answer is None:
-        return False
-    if not problem.latex:
-        value = number(answer)
-        return value is not None and value == number(problem.answer)
-    if "".join(answer.split()) == "".join(problem.answer.split()):
-        return True
-    if len(answer) > 1000:
-        return False
-    from math_verify import LatexExtractionConfig, parse, verify
-
-    config = [LatexExtractionConfig()]  # its other configuration, of plain expressions, uses eval
-    texts = [f"${text.rstrip('.')}$" for text in (problem.answer, answer)]
-    gold, found = (parse(text, config, parsing_timeout=2) for text in texts)
-    return verify(gold, found, timeout_seconds=2)
 
 
 class Solver:
-    """The policy at its problems: solutions of many at a time."""
+    """The policy at its problems: solutions of many at a time.
 
-    def __init__(self, model, tokenizer, args, training: list[Problem], held_out: list[Problem]):
-        self.model, self.tokenizer, self.args = model, tokenizer, args
-        self.training, self.held_out = training, held_out
+    task is what --env makes: `training`, a list of problems, or an empty one if draw(rng) gives
+    them; `held_out`; reward(problem, text of a solution) -> a number; answer_start(problem, text)
+    -> where in it the final answer begins. A problem has a `text`. Optional: `instruction`, told to
+    a chat model before a problem. For the tiny model: `words`, texts of one token each (others it
+    spells), and demonstrate(problem, rng) -> a solution."""
+
+    def __init__(self, model, tokenizer, args, task):
+        self.model, self.tokenizer, self.args, self.task = model, tokenizer, args, task
         self.eos = end_tokens(model, tokenizer)
         self.text = functools.partial(tokenizer.decode, skip_special_tokens=True)
+        self.before, self.after = chat_template(tokenizer, args)
+        self.reward = load_named("--reward", args.reward)[0] if args.reward else task.reward
 
-    def problems(self, step: int, rng: random.Random) -> list[Problem]:
-        if self.training:
-            return batch_of(self.training, step, self.args)
-        return [make_problem(rng, self.args.ops, False) for _ in range(self.args.prompts)]
-
-    def root(self, problem: Problem) -> Node:
+    def root(self, problem) -> Node:
         text = problem.text
-        if self.tokenizer.chat_template or self.args.data:  # else it knows what it is to do
-            text = REQUEST + text
-        return prompt_root(self.model, self.tokenizer, text)
+        if self.tokenizer.chat_template or not hasattr(self.task, "demonstrate"):
+            text = getattr(self.task, "instruction", REQUEST) + text
+        return Node(tokens=encode(self.tokenizer, text, self.before, self.after))
 
     def solution(self, leaf: Node) -> list[int]:  # the tokens of its path after the prompt
         return [token for node in leaf.path()[1:] for token in node.tokens]
 
-    def answer_at(self, problem: Problem, leaf: Node) -> int:
+    def answer_at(self, problem, leaf: Node) -> int:
         """The number of the solution's token that begins its final answer."""
         tokens = self.solution(leaf)
-        start, _ = final_answer(self.text(tokens), problem.latex)
-        low, high = 0, len(tokens)
-        while low < high:  # the first token with which the text gets longer than `start`
-            middle = (low + high) // 2
-            if len(self.text(tokens[: middle + 1])) > start:
-                high = middle
-            else:
-                low = middle + 1
-        return low
+        start = self.task.answer_start(problem, self.text(tokens))
+        # Bisection: of the first t + 1 tokens, which are the fewest whose text is longer than that?
+        length_of = lambda t: len(self.text(tokens[: t + 1]))
+        return bisect.bisect_right(range(len(tokens)), start, key=length_of)
 
     def play(self, draws: tuple, starts: list[tuple], keep: bool = False) -> None:
-        """For each (problem, node, tree) a branch; its reward is 1 if it ends within the limits and
-        is right, or 0. draws: generator, temperature, top-p and a Counter, as sample takes them.
-        keep: may the branch be forked?"""
-        context = self.model.config.max_position_embeddings
-        nodes, limits = [], []
+        """For each (problem, node, tree) a branch, of reward 0 unless it ends within the limits.
+        draws: generator, temperature, top-p and a Counter. keep: may the branch be forked?"""
+        context, nodes, limits = self.model.config.max_position_embeddings, [], []
         for _, above, tree in starts:
             nodes.append(Node(above, tree=tree))
             path = above.path()
             limits.append(min(self.args.max_tokens - length(path[1:]), context - length(path)))
         sample(self.model, nodes, limits, lambda tokens: False, self.eos, *draws, keep=keep)
         for (problem, *_), node in zip(starts, nodes):
-            _, answer = final_answer(self.text(self.solution(node)), problem.latex)
-            node.reward = float(node.tokens[-1] in self.eos and is_right(answer, problem))
-
-
-def picture(solver: Solver, prompts: list[tuple], groups: list[Group]) -> str:
-    """The trees of a prompt, whose rewards differ if possible, their segments in green or red by
-    the sign of R(s)."""
-    mixed = [g for g in groups if len({leaf.reward for leaf in g.root.leaves()}) > 1]
-    group = (mixed or groups)[0]
-    R = process_rewards(group.root, solver.args.method)
-    name = "A" if solver.args.method == "chainrl" else "R(s)"
-    nodes = group.root.below()
-    notes = [""]
-    for node in nodes[1:]:
-        note = f"{name} = {R[node]:+.2f}"
-        if not node.children:
-            note += ", right" if node.reward else ", wrong"
-            note += "" if node in group.leaves else ", not kept"
-        notes.append(note)
-    words = [problem.text for problem, root in prompts if root is group.root]
-    words += [solver.text(node.tokens) for node in nodes[1:]]
-    return mermaid(nodes, words, notes, [R[node] for node in nodes])
-
-
-# -------------------------------------------------------------------------- built-in problems, data
-OPS = [f"{sign}{n}" for sign in "+-" for n in range(1, 6)] + [f"*{n}" for n in range(2, 6)]
-
-
-def result(value: int, op: str) -> int:
-    return (value * int(op[1:]) if op[0] == "*" else value + int(op)) % 11
-
-
-def make_problem(rng: random.Random, ops: int, held_out: bool) -> Problem:
-    """A calculation modulo 11, from the left to the right, of 5 to `ops` operations. A fifth of all
-    is held out."""
-    while True:
-        start, steps = rng.randrange(11), [rng.choice(OPS) for _ in range(rng.randint(5, ops))]
-        text = f"Modulo 11, from {start}: {' '.join(steps)}\n"
-        if (random.Random(text).random() < 0.2) == held_out:
-            return Problem(text, str(functools.reduce(result, steps, start)))
-
-
-def demonstration(problem: Problem, rng: random.Random) -> str:
-    """The solution of one who has learned some products wrong: each has a rate of its own, from 0.1
-    to 0.9, at which a wrong value, always the same, is given for it. So much of what this teaches
-    is wrong, for reward to mend."""
-    lines = ""
-    value, *steps = re.findall(r"(?<=from )\d+|[-+*]\d", problem.text)
-    for step in steps:
-        fact = random.Random(f"{value}{step}")
-        found = result(int(value), step)
-        rate, wrong = fact.uniform(0.1, 0.9), (found + fact.randrange(1, 11)) % 11
-        if step[0] == "*" and rng.random() < rate:
-            found = wrong
-        lines += f" {value} {step} = {found}\n"
-        value = found
-    return lines + f"#### {value}"
-
-
-def built_in_model(args, device: torch.device):
-    """The tiny model, warm-started on demonstrations of the built-in task."""
-    # What decides a line's result is in two tokens.
-    words = [*OPS, *(f"{op} =" for op in OPS), *map(str, range(11))]
-    tokens = [f" {word}" for word in words] + ["Modulo 11, from", ":", "\n", "####"]
-    model, tokenizer = tiny_model(tokens, device, args.seed)
-    rng, paths = random.Random(f"{args.seed}/demonstrations"), []
-    for _ in range(32 * args.sft_steps):  # 32 for each step
-        problem = make_problem(rng, args.ops, False)
-        root = prompt_root(model, tokenizer, problem.text)
-        written = encode(tokenizer, demonstration(problem, rng)) + [tokenizer.eos_token_id]
-        paths.append(Node(root, written, [0.0] * len(written)).path())
-    warm_start(model, paths, args)
-    return model, tokenizer
-
-
-def read_problems(path: str) -> list[Problem]:
-    """GSM8K (question; answer ending in #### 42), MATH and MATH-500 (problem or Question; answer or
-    Answer, or a solution with \\boxed{...}), JSON lines or a list."""
-
-    def parse(record: dict) -> Problem | None:
-        answer = record.get("answer", record.get("Answer"))
-        if "question" in record:
-            _, answer = final_answer(answer, latex=False)
-            if number(answer) is None or not record["question"].strip():
-                raise ValueError("its answer is no number, or there is no question")
-            return Problem(record["question"], answer)
-        text = record.get("problem", record.get("Question"))
-        if not text.strip():
-            raise ValueError("there is no problem")
-        _, boxed = final_answer(answer or record["solution"], latex=True)
-        if boxed is None and not answer:
-            raise ValueError("its solution has no answer in a box")
-        answer = answer.strip() if boxed is None else boxed
-        return Problem(text, answer, latex=True) if answer else None  # some boxes of MATH are empty
-
-    wanted = "GSM8K (question, answer ending in ####) or MATH (problem, answer or solution)"
-    found = read_records(path, parse, wanted)
-    if any(problem.latex for problem in found) and not importlib.util.find_spec("math_verify"):
-        raise BadInput(f"--data {path}: its answers need a package; pip install math-verify")
-    return found
+            node.reward = 0.0
+            if node.tokens[-1] in self.eos:
+                with blame(f"the reward {self.args.reward or 'of the task'}"):
+                    node.reward = float(self.reward(problem, self.text(self.solution(node))))
+                    if not math.isfinite(node.reward):
+                        raise ValueError(f"{node.reward} is not finite")
 
 
 # ---------------------------------------------------------------------------------- models and runs
-def encode(tokenizer, text: str) -> list[int]:  # JSON may hold half of a surrogate pair
-    text = text.encode("utf-8", "replace").decode()
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+ENVS = Path(__file__).resolve().parent / "envs"
+
+
+@contextlib.contextmanager
+def blame(what: str):
+    """Whatever fails in here becomes a BadInput, which says `what` and why."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # noqa: BLE001 (files of users fail in any way)
+        plain = isinstance(error, (ValueError, OSError, ImportError))
+        reason = str(error) if plain else f"{type(error).__name__}: {error}"
+        raise BadInput(f"{what}: {reason[:300]}") from None
+
+
+def load_named(flag: str, spec: str):
+    """FILE.py:NAME or FILE.py:NAME:TEXT -> what the file calls NAME, and [] or [TEXT]. The file may
+    import what lies beside it."""
+    path, _, name = spec.partition(".py:")
+    name, *text = name.split(":", 1)
+    path = Path(f"{path}.py").resolve()
+    sys.path.insert(0, str(path.parent))
+    with blame(f"{flag} {spec}: want FILE.py:NAME"):
+        found = importlib.util.spec_from_file_location(f"file_{path.stem}", path)
+        module = sys.modules[found.name] = importlib.util.module_from_spec(found)
+        found.loader.exec_module(module)
+        return getattr(module, name), text
+
+
+def load_beside(file: str):
+    """What a file of envs/ has for this script; None where the script was copied without it."""
+    spec = f"{ENVS}/{file}:{Path(__file__).stem}"
+    return load_named("--env", spec)[0] if ENVS.exists() else None
+
+
+def encode(tokenizer, text: str, before: str = "", after: str = "") -> list[int]:
+    """The tokens of a text, with what a chat template writes before and after it. Where the text
+    names control tokens, as <|im_end|>, these are mere letters."""
+
+    def tokens(text, split):
+        text = text.encode("utf-8", "replace").decode()  # JSON may hold half of a surrogate pair
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+
+    if tokens(text, True) == tokens(text, False):
+        return tokens(before + text + after, False)
+    return tokens(before, False) + tokens(text, True) + tokens(after, False)
+
+
+def chat_template(tokenizer, args) -> tuple[str, str]:
+    """What the model's chat template, if it has one, writes before and after a user's turn."""
+    if not tokenizer.chat_template and not args.system and args.template_kwargs == "{}":
+        return "", ""
+    chat = [{"role": "system", "content": args.system}] if args.system else []
+    chat.append({"role": "user", "content": "\0"})
+    with blame("--system, --template-kwargs: the chat template fails"):
+        how = {"add_generation_prompt": True, "tokenize": False, **json.loads(args.template_kwargs)}
+        before, _, after = tokenizer.apply_chat_template(chat, **how).partition("\0")
+    return before, after
 
 
 def end_tokens(model, tokenizer) -> set[int]:
@@ -1113,34 +926,32 @@ def end_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
 
 
-# Kinds of models for which the tests compare sampler and trainer with plain forwards.
 KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
 
 
 def load_model(path: str, device: torch.device, flag: str = "--model"):
-    """A causal LM of a kind in KINDS whose layers all attend to everything before, and its
-    tokenizer, from a hub id or a folder. BadInput, which blames `flag`, for anything else, and for
-    weights that do not fit the model, which would be random numbers instead."""
+    """A causal LM of KINDS (those that tests compare with plain forwards) and its tokenizer, from a
+    hub id or a folder. BadInput, which blames `flag`, for others, and if weights do not fit."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
     how = {"dtype": torch.float32, "attn_implementation": "token_tree", "output_loading_info": True}
-    try:
+    with blame(f"{flag} {path}: no model that can be used"):
         tokenizer = AutoTokenizer.from_pretrained(path)
         model, info = AutoModelForCausalLM.from_pretrained(path, **how)
         if not tokenizer("a")["input_ids"]:
             raise ValueError("the tokenizer is missing")
         if wrong := {name: sorted(map(str, keys))[:2] for name, keys in info.items() if keys}:
             raise ValueError(f"its weights do not fit: {wrong}")
-        kind = model.config.model_type
-        layers = {*(getattr(model.config, "layer_types", None) or ["full_attention"])}
-        if getattr(model.config, "sliding_window", None):
+        c = model.config
+        layers = {*(getattr(c, "layer_types", None) or ["full_attention"])}
+        if getattr(c, "sliding_window", None):
             layers.add("sliding_attention")
-        if kind not in KINDS or layers != {"full_attention"}:
-            wanted = f"one of {', '.join(KINDS)} with full attention"
-            raise ValueError(f"it is {kind} with {', '.join(sorted(layers))}, not {wanted}")
-    except Exception as error:  # noqa: BLE001 (no folder, no weights, no network, unknown kind ...)
-        raise BadInput(f"{flag} {path}: no model that can be used ({str(error)[:200]})") from None
+        if c.model_type not in KINDS or layers != {"full_attention"}:
+            wanted = f"one of {', '.join(KINDS)} that attends to everything before"
+            raise ValueError(f"it is {c.model_type} with {', '.join(sorted(layers))}, not {wanted}")
+    for parameter in model.parameters():  # a copy: what is mapped to a file, Windows locks
+        parameter.data = parameter.data.clone()
     return model.to(device).eval(), tokenizer
 
 
@@ -1161,8 +972,7 @@ def policy_and_reference(args, model, start: str):
     torch.backends.cuda.enable_cudnn_sdp(False)
     if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
         old_name = model.gradient_checkpointing_enable
-        enable = getattr(model, "activation_checkpointing_enable", old_name)
-        enable({"use_reentrant": False})
+        getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
     reference = load_model(start, model.device)[0].requires_grad_(False) if args.kl_coef else None
     if args.dtype == "float32":
         return model, reference
@@ -1172,115 +982,67 @@ def policy_and_reference(args, model, start: str):
     return policy, reference
 
 
-def tiny_model(words, device: torch.device, seed: int):
-    """A Qwen2 of 0.5M parameters with random weights, and a Qwen tokenizer of single bytes and the
-    given words."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
-
-    quiet_transformers()
-    alphabet = ["<|endoftext|>", *sorted(ByteLevel.alphabet())]
-    tokenizer = Qwen2Tokenizer({token: i for i, token in enumerate(alphabet)}, [])
-    tokenizer.add_tokens(list(words))
-    size = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    room = {"vocab_size": len(tokenizer), "max_position_embeddings": 32768, "eos_token_id": 0}
-    # At the usual initializer_range, 0.02, so small a model does not leave its plateau.
-    config = Qwen2Config(**size, **heads, **room, initializer_range=0.08)
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.set_attn_implementation("token_tree")
-    return model.to(device).eval(), tokenizer
-
-
-def warm_start(model, paths: list[list[Node]], args, lr: float = 3e-3) -> None:
-    """Supervised steps on demonstrations (paths to a leaf): a policy gradient with advantage 1 is
-    imitation."""
-    args = dataclasses.replace(args, kl_coef=0.0, epochs=1)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    parts = batches(paths, max(1, len(paths) // max(1, args.sft_steps)))
-    for step, part in enumerate(tqdm(parts, "warm start", unit="step")):
-        slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
-        optimizer.param_groups[0]["lr"] = lr * slope
-        groups = [Group(path[0], path[-1:], torch.ones(1, 1), 1 / len(part)) for path in part]
-        update(model, None, optimizer, groups, args)
-
-
 def resume_run(args, given: set[str]):
-    """--resume -> the run's own arguments but for those that may change, its newest checkpoint's
-    folder, and its state. BadInput if there is none, or if other arguments are given."""
-    try:
-        found = sorted(Path(args.resume).glob("checkpoint-*/state.pt"))
-        if not found:
+    """--resume -> the arguments, those of the run unless others are given now, its newest
+    checkpoint's folder, and its state."""
+    if own := given & {"model", "env", "data", "method", "out"}:
+        raise BadInput(f"--{min(own)}: a run that is continued keeps its own; leave it out")
+    with blame(f"--resume {args.resume}: no run to continue"):
+        newest = max(Path(args.resume).glob("checkpoint-*/state.pt"), default=None)
+        if newest is None:
             raise ValueError("there is no checkpoint in it")
-        folder = found[-1].parent
-        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+        state = torch.load(newest, weights_only=True, map_location="cpu")
         if state["script"] != Path(__file__).name:
             raise ValueError(f"it is a run of {state['script']}")
-        saved = type(args)(**state["args"])
-    except Exception as error:  # noqa: BLE001 (there is none, or it fails in one of many ways)
-        raise BadInput(f"--resume {args.resume}: no run to continue ({str(error)[:150]})") from None
-    changeable = {"steps", "lr", "kl_coef", "save_every", "device", "log"}
-    if extra := given - changeable - {"resume"}:
-        flag = min(extra).replace("_", "-")
-        raise BadInput(f"--{flag}: a run that is continued keeps its own; leave it out")
-    changed = {name: getattr(args, name) for name in given & changeable}
-    changed |= {"out": args.resume, "resume": args.resume}
-    return dataclasses.replace(saved, **changed), str(folder), state
+        kept = {name: value for name, value in state["args"].items() if name not in given}
+        return dataclasses.replace(args, **kept | {"out": args.resume}), str(newest.parent), state
 
 
-def new_optimizer(model, args, state: dict | None):
-    how = {"betas": (0.9, 0.99), "weight_decay": 0.0, "fused": model.device.type == "cuda"}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, **how)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-    return optimizer
-
-
-def save_model(folder: Path, model, tokenizer) -> None:
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    with blame(f"--out {folder.parent}: cannot save, is the disk full? --resume goes on"):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if state:
+            torch.save(state, folder / "state.pt")
 
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
-    """The state after `step` steps, renamed when whole; random states and the place in the data
-    follow from step."""
+    """Renamed when whole. Random states and the place in the data follow from `step`."""
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
-    save_model(temporary, model, tokenizer)
     state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
-    state["metrics"] = (out / "metrics.jsonl").stat().st_size
-    torch.save(state | {"optimizer": optimizer.state_dict()}, temporary / "state.pt")
+    state |= {
+        "metrics": (out / "metrics.jsonl").stat().st_size,
+        "optimizer": optimizer.state_dict(),
+    }
+    save_model(temporary, model, tokenizer, state)
     temporary.rename(folder)
     for old in set(out.glob("checkpoint-*")) - {folder}:
         shutil.rmtree(old)
 
 
-class Log:
-    """metrics.jsonl, of which the first `size` bytes are kept, and the run of --log."""
+def open_log(args, size: int):
+    """log(event, step, row) adds to metrics.jsonl, cut to its first `size` bytes, and to --log."""
+    file = open(Path(args.out, "metrics.jsonl"), "a", encoding="utf-8")
+    file.truncate(size)
+    tracker = importlib.import_module(args.log) if args.log else None
+    if tracker:
+        tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
 
-    def __init__(self, args, size: int):
-        self.path = Path(args.out, "metrics.jsonl")
-        self.path.touch()
-        os.truncate(self.path, size)
-        self.tracker = importlib.import_module(args.log) if args.log else None
-        if self.tracker:
-            self.tracker.init(project=Path(__file__).stem, name=args.out, config=vars(args))
-
-    def __call__(self, event: str, step: int, row: dict) -> None:
+    def log(event: str, step: int, row: dict) -> None:
         row = {"event": event, "step": step, **row}
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self.tracker:
-            self.tracker.log(row, step=step)
+        print(json.dumps(row), file=file, flush=True)
+        if tracker:
+            tracker.log(row, step=step)
         if event == "eval":
             shown = f"{row['success']:.3f} sampled, {row['greedy_success']:.3f} greedy"
             tqdm.write(f"step {step}: held-out success {shown}")
 
+    return log
+
 
 def catch_signals() -> list:
-    """The first Ctrl-C or SIGTERM from now on is added to this list; a second one ends the process,
-    which does no harm: a run goes on from its last checkpoint."""
+    """The first Ctrl-C or SIGTERM from now on is put on this list; a second ends the process."""
     caught = []
 
     def catch(number, frame):
@@ -1288,116 +1050,39 @@ def catch_signals() -> list:
         signal.signal(number, signal.SIG_DFL)
         tqdm.write("stopping after this step", file=sys.stderr)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, catch)
+    signal.signal(signal.SIGINT, catch)
+    signal.signal(signal.SIGTERM, catch)
     return caught
 
 
-def copy_weights(model, policy) -> None:
-    if policy is not model:
-        for copied, master in zip(policy.parameters(), model.parameters()):
-            copied.data.copy_(master.data)
-
-
-def peak_gb(device: torch.device) -> float | None:
-    """The most memory in use since the last call; None if that is not known."""
-    if device.type != "cuda":
-        return None
-    peak = torch.cuda.max_memory_allocated(device) / 1e9
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
-
-
-def mermaid_text(text: str) -> str:
-    """A text as part of a Mermaid label."""
-    words = " ".join(text.split())[:160]
-    return "".join(f"#{ord(c)};" if c in '#"<>&`[]{}|\\' or c < " " else c for c in words)
-
-
 def evaluate(actor) -> dict[str, float]:
-    """Share of the held-out tasks that are solved by one chain each, at temperature 1 and
-    greedily."""
-    row = {}
+    """Share of the held-out that one chain each solves, at temperature 1 and greedily."""
+    row, args, held_out = {}, actor.args, actor.task.held_out
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
         generator, solved = torch.Generator(actor.model.device).manual_seed(0), 0
-        for part in tqdm(batches(actor.held_out, actor.args.at_once), name, leave=False, delay=1):
+        for part in tqdm(batches(held_out, args.at_once), name, leave=False, delay=1):
             starts = [(task, actor.root(task), 0) for task in part]
             actor.play((generator, temperature, 1.0, Counter()), starts)
-            solved += sum(root.leaves()[0].reward > 0.5 for _, root, _ in starts)
-        row[name] = solved / len(actor.held_out)
+            solved += sum(root.leaves()[0].reward > args.success for _, root, _ in starts)
+        row[name] = solved / len(held_out)
+    leaf = starts[-1][1].leaves()[0]
+    text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
+    text = f"The last held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
+    Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
     return row
 
 
-def mermaid(nodes: list[Node], words: list[str], notes: list[str], values: list) -> str:
-    """A tree, parents first, as a Mermaid diagram: words and a note in each node, green or red by
-    its value's sign; white without a value."""
-    lines = ["```mermaid", "flowchart TD"]
-    for i, (node, text, note, value) in enumerate(zip(nodes, words, notes, values)):
-        color = "fff"
-        if value is not None:
-            color = "cfc" if value > 1e-6 else "fcc" if value < -1e-6 else "eee"
-        label = "<br>".join(filter(None, [mermaid_text(text), note]))
-        lines += [f'    n{i}["{label}"]', f"    style n{i} fill:#{color},color:#000"]
-        if i > 0:
-            trunk = f"|tree {node.tree + 1}|" if node.parent is nodes[0] else ""
-            lines.append(f"    n{nodes.index(node.parent)} -->{trunk} n{i}")
-    return "\n".join([*lines, "```", ""])
-
-
-def read_records(path: str, parse, wanted: str) -> list:
-    """parse(record), unless it is None, of each record of a file, a JSON list or JSON lines.
-    BadInput names the file, and the record that is no JSON or that parse fails on."""
-    found, number = [], 0
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig").strip()
-        if text[:1] == "[":
-            records = json.loads(text)
-        else:
-            records = [line for line in text.split("\n") if line.strip()]
-        for number, record in enumerate(records, 1):
-            item = parse(json.loads(record) if isinstance(record, str) else record)
-            if item is not None:
-                found.append(item)
-    except OSError as error:
-        raise BadInput(f"--data {path}: {error.strerror}; give a data file") from None
-    except Exception as error:  # noqa: BLE001 (a file may hold anything)
-        where = f"record {number}: " if number else ""
-        reason = f"{type(error).__name__}: {str(error)[:150]}"
-        raise BadInput(f"--data {path}: {where}want JSON of {wanted} ({reason})") from None
-    if len(found) < 2:
-        raise BadInput(f"--data {path}: want two records of use or more, as one is held out")
-    return found
-
-
-def split_data(items: list, most: int) -> tuple[list, list]:
-    """To train on, and held out: a fifth, rounded up, at most so many; the same for every seed."""
-    items = random.Random(0).sample(items, len(items))
-    held_out = min(most, -(-len(items) // 5))
-    return items[held_out:], items[:held_out]
-
-
-def batch_of(data: list, step: int, args) -> list:
-    """A training step's part of the data, in an order of its own in each pass over it."""
-    batch, orders = [], {}
+def batch_of(task, step: int, args, rng: random.Random) -> list:
+    """A training step's part of the data, in an order of its own in each pass over it; or, without
+    data, as many that are drawn."""
+    if not task.training:
+        return [task.draw(rng) for _ in range(args.prompts)]
+    batch, n = [], len(task.training)
     for i in range(step * args.prompts, (step + 1) * args.prompts):
-        epoch, place = divmod(i, len(data))
-        if epoch not in orders:
-            orders[epoch] = random.Random(f"{args.seed}/{epoch}/data").sample(data, len(data))
-        batch.append(orders[epoch][place])
+        if not batch or i % n == 0:
+            order = random.Random(f"{args.seed}/{i // n}/data").sample(task.training, n)
+        batch.append(order[i % n])
     return batch
-
-
-def prompt_root(model, tokenizer, text: str) -> Node:
-    """A new root with a prompt, in the model's chat template if it has one. BadInput if the context
-    has no room."""
-    context = model.config.max_position_embeddings
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    root = Node(tokens=encode(tokenizer, text))
-    if len(root.tokens) >= context:
-        raise BadInput(f"--model: a context of {context} tokens is too short for {text[-60:]!r}")
-    return root
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1412,7 +1097,13 @@ def arg(default, help: str, choices: tuple | None = None):
 @dataclass
 class Args:
     model: str = arg("", "hub id or folder of a Qwen (default: a tiny one, built here)")
-    data: str = arg("", "GSM8K, MATH or MATH-500 file (default: built-in problems)")
+    env: str = arg("", "problems, FILE.py:NAME[:TEXT] (default: envs/sums.py:Sums)")
+    data: str = arg("", "file or folder of GSM8K, MATH, AIME ...: see envs/problems.py")
+    skip_bad_records: bool = arg(False, "of --data: leave them out instead of stopping")
+    reward: str = arg("", "one's own reward, FILE.py:NAME: (problem, solution) -> number")
+    success: float = arg(0.5, "a reward above this counts as success")
+    system: str = arg("", "a system prompt for a chat model")
+    template_kwargs: str = arg("{}", "JSON for its chat template: '{\"enable_thinking\": false}'")
     method: str = arg("treerl", "chainrl: M chains, leave-one-out", choices=("treerl", "chainrl"))
     M: int = arg(6, "independent chains per prompt, each the trunk of a tree")
     N: int = arg(2, "places forked per tree and round")
@@ -1430,8 +1121,7 @@ class Args:
     kl_coef: float = arg(0.0, "beta, weight of the KL to the starting model (0: none)")
     temperature: float = arg(1.2, "of the draws in the search")
     top_p: float = arg(0.95, "nucleus of the draws in the search")
-    max_tokens: int = arg(0, "most tokens of a solution (default: 8192 with --model, else 8 * ops)")
-    ops: int = arg(8, "most operations of built-in problems, 5 or more")
+    max_tokens: int = arg(0, "most tokens of a solution (default: 8192 with --model, else 64)")
     sft_steps: int = arg(300, "supervised steps that warm-start the tiny model")
     eval_prompts: int = arg(200, "held-out problems (of --data a fifth at most)")
     eval_every: int = arg(0, "steps between evaluations (0: before and after only)")
@@ -1442,19 +1132,18 @@ class Args:
     dtype: str = arg("auto", "auto: bfloat16 on CUDA", choices=("auto", "float32", "bfloat16"))
     seed: int = arg(0, "of everything random")
     log: str = arg("", "log to trackio or wandb as well", choices=("trackio", "wandb"))
-    out: str = arg("", "folder to write (default: runs/<script>-<time>)")
+    out: str = arg("", "folder to write (default: one in runs/)")
     resume: str = arg("", "folder of a run to continue (--steps, --lr ... may be changed)")
 
 
 # Names of arguments of all three scripts.
 MAY_BE_0 = "N L steps warmup sft_steps clip_low clip_high kl_coef gamma".split()
 MAY_BE_0 += "beta_graph beta_episode invalid_penalty kept_tokens".split()
-AT_MOST_1 = ("top_p", "omega", "gamma")
+AT_MOST_1 = ("top_p", "omega", "gamma", "clip_low")
 
 
 def parse_args(cls, argv: list[str]):
-    """Command line -> (an instance of the dataclass `cls`, the set of names given). BadInput with
-    one line if it is none."""
+    """Command line -> (an instance of the dataclass `cls`, the set of names given)."""
 
     def fail(message):
         raise BadInput(f"{message} (--help lists the arguments)")
@@ -1462,35 +1151,30 @@ def parse_args(cls, argv: list[str]):
     parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS, allow_abbrev=False)
     parser.error = fail
     for f in dataclasses.fields(cls):
-        flag, how, shown = "--" + f.name.replace("_", "-"), {}, f.metadata["help"]
+        flag, shown = "--" + f.name.replace("_", "-"), f.metadata["help"]
+        how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if f.default is False:
             how = {"action": "store_true"}
-        else:
-            how = {"type": type(f.default), "choices": f.metadata["choices"]}
-            shown += f" (default: {f.default})" if f.default else ""
+        elif f.default:
+            shown += f" (default: {f.default})"
         parser.add_argument(flag, help=shown, **how)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
-        if isinstance(value, (int, float)):
-            least_0 = name in MAY_BE_0 or not getattr(cls, name)
-            most = 1 if name in AT_MOST_1 else 1e15
-            if not (0 <= value if least_0 else 0 < value) or not value <= most:
-                fail(f"--{name.replace('_', '-')} {value}: out of range")
-    args = cls(**given)
-    if args.log and not importlib.util.find_spec(args.log):
-        fail(f"--log {args.log}: pip install {args.log}")
-    return args, set(given)
+        least = 0 if name in MAY_BE_0 or not getattr(cls, name) else 1e-12
+        most = 1 if name in AT_MOST_1 else 1e15
+        if isinstance(value, (int, float)) and name != "success" and not least <= value <= most:
+            fail(f"--{name.replace('_', '-')} {value}: out of range")
+    if "log" in given and not importlib.util.find_spec(given["log"]):
+        fail(f"--log {given['log']}: pip install {given['log']}")
+    return cls(**given), set(given)
 
 
 def pick_device(args) -> torch.device:
-    name = args.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
+    best = "cuda:0" if torch.cuda.is_available() else "cpu"
+    name = best if args.device == "auto" else args.device
+    with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except Exception:  # noqa: BLE001 (each backend fails in its own way)
-        raise BadInput(f"--device {name}: not available here; leave it out") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
@@ -1501,12 +1185,11 @@ def pick_device(args) -> torch.device:
 
 
 def make_folder(args) -> Path:
-    args.out = args.out or f"runs/{Path(__file__).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    now = time.strftime("%Y%m%d-%H%M%S")  # another run may begin in the same second
+    args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     out = Path(args.out)
-    try:
+    with blame(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"--out {out}: {error.strerror}; choose another folder") from None
     if not args.resume and any(out.iterdir()):
         raise BadInput(f"--out {out}: is not empty; choose another folder, or --resume the run")
     return out
@@ -1519,45 +1202,45 @@ def main(argv: list[str]) -> None:
         args, weights, state = resume_run(args, given)
     if args.method == "chainrl":
         args.N = 0
-    if args.ops < 5:
-        raise BadInput(f"--ops {args.ops}: give 5 or more")
     if args.data and not weights:
         raise BadInput("--data: the tiny model knows the built-in problems only; give --model")
     device = pick_device(args)
     args.lr = args.lr or (1.5e-6 if args.model else 5e-4)
-    args.max_tokens = args.max_tokens or (8192 if args.model else 8 * args.ops)
-    if args.data:
-        training, held_out = split_data(read_problems(args.data), args.eval_prompts)
-    else:
-        rng, training = random.Random(0), []  # the same held-out problems for every seed
-        held_out = [make_problem(rng, args.ops, True) for _ in range(args.eval_prompts)]
+    args.max_tokens = args.max_tokens or (8192 if args.model else 64)
+    spec = args.env or f"{ENVS}/{'problems.py:Problems' if args.data else 'sums.py:Sums'}"
+    make, text = load_named("--env", spec)
+    with blame(f"--data {args.data}" if args.data else f"--env {spec}"):
+        task = make(args, *text)
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
-        solver = Solver(model, tokenizer, args, training, held_out)
-        for problem in tqdm(training + held_out, "prompts", leave=False, delay=1):
-            solver.root(problem)  # raises BadInput if a prompt does not fit
+        solver, context = Solver(model, tokenizer, args, task), model.config.max_position_embeddings
+        for items in (task.held_out, task.training):
+            count = len(items)
+            items[:] = [item for item in items if len(solver.root(item).tokens) < context]
+            if len(items) < count:
+                print(f"{count - len(items)} of {count} prompts are left out, as they are too long")
+        if not task.held_out:
+            raise BadInput(f"--model: a context of {context} tokens is too short")
+    elif not ENVS.exists() or not all(hasattr(task, name) for name in ("words", "demonstrate")):
+        raise BadInput("--model: give one, as the task has no words and demonstrate(), or no envs/")
     out = make_folder(args)
     if not weights:
-        model, tokenizer = built_in_model(args, device)
+        model, tokenizer = load_beside("tiny.py")(sys.modules[__name__], args, task, device)
         save_model(out / "start", model, tokenizer)
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
-    solver = Solver(policy, tokenizer, args, training, held_out)
-    what = f"{len(training) or 'built-in'} problems to train on, {len(held_out)} held out"
-    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {what}", flush=True)
-    train(args, model, reference, solver, state)
+    items = f"{len(task.training) or 'drawn'} problems, {len(task.held_out)} held out"
+    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {items}", flush=True)
+    train(args, model, reference, Solver(policy, tokenizer, args, task), state)
 
 
 def cli(argv: list[str]) -> None:
-    """main(), but what stops it is said in a line."""
-    try:
+    try:  # what stops it is said in a line
         main(argv)
     except BadInput as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as error:
-        sys.exit(f"stopped: {error}; go on with --resume and a lower --lr")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"stopped: {error}; begin again with less at once (--help)")
+    except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
+        sys.exit(f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)")
     except KeyboardInterrupt as stop:
         print(str(stop) or "stopped before the first step", file=sys.stderr)
         sys.exit(130)
