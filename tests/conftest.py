@@ -11,13 +11,15 @@ import pytest
 import torch
 from naive import path_logps
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "envs")]  # the files of envs/ import each other by name
 
 import graph_gpo
 import tree_grpo
 import treerl
 
 torch.set_num_threads(1)  # the models are too small to gain by more
+tree_grpo.quiet_transformers()  # registers the scripts' attention
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 
 
@@ -26,7 +28,6 @@ def tiny_qwen(kind: str, dtype=torch.float32, vocab_size: int = 50):
     weights. 1 is the end of a text."""
     import transformers
 
-    transformers.AttentionInterface.register("token_tree", tree_grpo.token_tree)
     config = getattr(transformers, f"{kind.capitalize()}Config")(
         vocab_size=vocab_size,
         hidden_size=64,
@@ -56,7 +57,7 @@ class Letters:
     characters = "01 abcdefghijklmnopqrstuvwxyz0123456789.:>\nT#!?-+*"
     chat_template, eos_token_id = None, 1
 
-    def __call__(self, text, add_special_tokens):
+    def __call__(self, text, add_special_tokens, split_special_tokens):
         return {"input_ids": [self.characters.index(c, 2) for c in text]}
 
     def decode(self, tokens, skip_special_tokens=True):

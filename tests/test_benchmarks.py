@@ -6,7 +6,6 @@ import math
 import random
 import re
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -26,6 +25,9 @@ import memory
 import plot
 import search
 import speed
+from house import House
+from sums import make_problem
+from tiny import tiny_model
 
 CPU = torch.device("cpu")
 PAGES = [ROOT / "README.md", ROOT / "tutorial.md", ROOT / "benchmarks" / "README.md"]
@@ -42,7 +44,8 @@ OTHER_TABLES = (
     "paper",
     "column",
 )
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.md"))
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT_PAGES = sorted(RESULTS.glob("*.md"))
 
 
 def tables(path: Path) -> dict[str, set[str]]:
@@ -56,29 +59,25 @@ def tables(path: Path) -> dict[str, set[str]]:
 
 def test_cited_tables_are_in_the_results():
     measured, cited = {}, 0
-    for path in RESULTS:
+    for path in RESULT_PAGES:
         for head, rows in tables(path).items():
             measured.setdefault(head, set()).update(rows)
     for page in PAGES:
         for head, rows in tables(page).items():
             if head.split("|")[1].strip() not in OTHER_TABLES:
-                assert rows <= measured[head], (
-                    f"{page.name} cites what no result says: {rows - measured[head]}"
-                )
+                assert rows <= measured[head], f"{page.name} cites what no result says: {rows - measured[head]}"
                 cited += len(rows)
     assert cited > 20
 
 
 def anchors(path: Path) -> set[str]:
     """Those that GitHub gives to a page's headings: lower case, no punctuation, a hyphen for each space."""
-    text = re.sub(
-        r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE
-    )
+    text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     heads = re.findall(r"^#+ (.*)", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
 
 
-@pytest.mark.parametrize("page", [*PAGES, *RESULTS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *RESULT_PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
         path, _, anchor = target.partition("#")
@@ -92,7 +91,8 @@ def test_links_lead_somewhere(page):
 def test_learning_results_follow_from_the_runs(name):
     """The pages have other columns, but each mean with its interval is one of theirs."""
     pytest.importorskip("scipy")
-    text = learning.EXPERIMENTS[name].file.with_suffix(".md").read_text(encoding="utf-8")
+    file = RESULTS / learning.FILES[learning.EXPERIMENTS[name].script]
+    text = file.with_suffix(".md").read_text(encoding="utf-8")
     report, cells = learning.report(name), 0
     for cell in re.findall(r"[-+]?[0-9]\.[0-9]{3} ± [0-9.]+", report):
         assert cell in text, f"{name}: {cell}"
@@ -101,8 +101,7 @@ def test_learning_results_follow_from_the_runs(name):
 
 
 def test_the_table_of_collapses_follows_from_the_runs():
-    page = ROOT / "benchmarks" / "results" / "collapse.md"
-    assert default_run.collapse_table() in page.read_text(encoding="utf-8")
+    assert default_run.collapse_table() in (RESULTS / "collapse.md").read_text(encoding="utf-8")
 
 
 def test_interval():
@@ -159,10 +158,11 @@ def test_a_run_spends_its_budget(actor, tmp_path):
     script, player = actor
     script.save_model(tmp_path / "start", player.model, player.tokenizer)
     told = {**common.TINY[script], **SMALL[script], "model": tmp_path / "start", "steps": 5}
-    told |= {"out": tmp_path / "run", "lr": 1e-9, "device": "cpu", "save_every": 9}
+    told |= {"lr": 1e-9, "device": "cpu", "save_every": 9}
     told["eval_tasks" if script is graph_gpo else "eval_prompts"] = 1
     counted = "env_steps" if script is graph_gpo else "generated_tokens"
-    rows = learning.budgeted_run(script, common.flags(told), 300, counted)
+    train = script.train
+    rows = learning.budgeted_run(script, tmp_path / "run", common.flags(told), 300, counted)
     steps = [row for row in rows if row["event"] == "train"]
     # What is missed in one update is made up in the next.
     assert abs(sum(row[counted] for row in steps) / 300 / 5 - 1) < 0.15
@@ -170,16 +170,13 @@ def test_a_run_spends_its_budget(actor, tmp_path):
     assert all(row[unit] >= 1 and 0 <= row["signal"] <= 1 for row in steps)
     kept = learning.summary(rows, updates=3)
     assert kept[counted] == sum(row[counted] for row in steps[:3]) and len(kept["success"]) == 2
-    assert script.Log.__name__ == "Log" and script.time.__name__ == "time"  # put back
+    assert script.train is train and script.time.__name__ == "time"  # put back
 
 
 def test_older_and_newer_rows_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(learning, "RESULTS", tmp_path)
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     rows = [{"world": "house", "start": 1, "seed": 2, "method": "grpo", "x": 0}]
-    rows.append(
-        {"experiment": "house", "setting": "", "start": 0, "seed": 2, "arm": "grpo", "x": 1}
-    )
+    rows.append({"experiment": "house", "setting": "", "start": 0, "seed": 2, "arm": "grpo", "x": 1})
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "learning_graph_gpo.jsonl").write_text(text)
     (tmp_path / "learning_treerl.jsonl").write_text(json.dumps({"seed": 3, "arm": "random"}) + "\n")
@@ -189,19 +186,10 @@ def test_older_and_newer_rows_are_read(tmp_path, monkeypatch):
     assert learning.read_runs("sokoban")[""]["grpo"] == {}
 
 
-def test_observations_are_repeated():
-    args = common.tiny_args(tree_grpo)
-    model, tokenizer = tree_grpo.tiny_model([" x"], CPU, 0)
-    agent = common.actor_of(tree_grpo, model, tokenizer, args)
-    with learning.repeated(3):
-        assert tokenizer.decode(agent.observation("the fact")).count("the fact") == 3
-    assert tokenizer.decode(agent.observation("the fact")).count("the fact") == 1
-
-
 def test_search_table_follows_from_the_runs():
     pytest.importorskip("scipy")
-    page = (ROOT / "benchmarks" / "results" / "search.md").read_text(encoding="utf-8")
-    models = search.read_models(ROOT / "benchmarks" / "results")
+    page = (RESULTS / "search.md").read_text(encoding="utf-8")
+    models = search.read_models(RESULTS)
     assert {len(model.right) for model in models.values()} == {500}
     assert search.search_table(list(models.values())) in page
     for model in models.values():
@@ -222,13 +210,12 @@ def test_search_compares_with_chains_at_its_own_tokens(tmp_path):
     ]
     (tmp_path / "search.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     [model] = search.read_models(tmp_path).values()
-    two = 1 - 36 / 40 * 35 / 39  # two of 40 chains hold one of the four right ones
+    two, shape = 1 - 36 / 40 * 35 / 39, tuple(shape)  # two of 40 chains hold one of the four right ones
     assert model.accuracy() == pytest.approx(4 / 80)
-    assert model.passed("chains", tuple(shape)) == pytest.approx(
-        [two, 0.0]
-    )  # as many tokens as EPTree
-    assert model.gaps("EPTree", tuple(shape)) == pytest.approx([1 - two, 0.0])
-    assert model.gaps("MCTS", tuple(shape)) == pytest.approx([-0.1, 1.0])
+    assert model.tokens["chains", shape] == model.tokens["EPTree", shape] == 20
+    assert model.passed["chains", shape] == pytest.approx([two, 0.0])
+    assert model.gaps["EPTree", shape] == pytest.approx([1 - two, 0.0])
+    assert model.gaps["MCTS", shape] == pytest.approx([-0.1, 1.0])
 
 
 def test_holm():
@@ -239,11 +226,7 @@ def test_holm():
 
 def test_chance_of_a_right_chain():
     # 40 chains, 4 right: two drawn at random miss with (36/40) (35/39); half way between one and two is their mean
-    assert (
-        search.chance(4, 1) == pytest.approx(0.1)
-        and search.chance(0, 7.5) == 0
-        and search.chance(40, 1) == 1
-    )
+    assert search.chance(4, 1) == pytest.approx(0.1) and search.chance(0, 7.5) == 0 and search.chance(40, 1) == 1
     assert search.chance(4, 2) == pytest.approx(1 - 36 / 40 * 35 / 39)
     assert search.chance(4, 1.5) == pytest.approx((0.1 + 1 - 36 / 40 * 35 / 39) / 2)
     assert search.chance(4, 40) == 1
@@ -266,8 +249,8 @@ def test_starts_of_a_seed_are_one_observation():
 
 def test_mcts_goes_down_where_rewards_are():
     args = common.tiny_args(treerl, sft_steps=30)
-    solver = common.actor_of(treerl, *treerl.built_in_model(args, CPU), args)
-    problems = [treerl.make_problem(random.Random(i), 8, True) for i in range(3)]
+    solver = common.actor_of(treerl, *common.warm_started(treerl, args), args)
+    problems = [make_problem(random.Random(i), 8, True) for i in range(3)]
     roots, whole = [], solver.root
     solver.root = lambda problem: roots.append(whole(problem)) or roots[-1]
     found = search.mcts(solver, problems, random.Random(0), [150, 300], 2, 1.0)
@@ -283,14 +266,19 @@ def test_mcts_goes_down_where_rewards_are():
     assert total / 3 == pytest.approx(found[-1][1])
 
 
-def test_gigpo_without_the_std():
-    # Returns 10, 0: A_E = 5, -5; from "a" 9.5, 0: 4.75, -4.75; "b" is alone; the penalty is 0.1.
+def three_steps() -> graph_gpo.Task:
+    """Two rollouts: a success by "b", and a step from "a" with an invalid action."""
     steps = [
         graph_gpo.Step(graph_gpo.Transition("a", "x", "b", 0), None, 0.0, True),
         graph_gpo.Step(graph_gpo.Transition("b", "y", graph_gpo.SUCCESS, 0), None, 1.0, True),
         graph_gpo.Step(graph_gpo.Transition("a", "z", "c", 1), None, 0.0, False),
     ]
-    task = graph_gpo.Task("task", graph_gpo.Node(), [1.0, 0.0], [True, False], steps)
+    return graph_gpo.Task("task", graph_gpo.Node(), [1.0, 0.0], [True, False], steps)
+
+
+def test_gigpo_without_the_std():
+    # Returns 10, 0: A_E = 5, -5; from "a" 9.5, 0: 4.75, -4.75; "b" is alone; the penalty is 0.1.
+    task = three_steps()
     for world, method, expected in (
         ("sokoban", "gigpo", [9.75, 5, -9.85]),
         ("house", "gigpo", [2**0.5, 0.5**0.5]),
@@ -305,7 +293,7 @@ def test_gigpo_without_the_std():
 # --------------------------------------------------------------------------------- speed and controls
 @pytest.fixture(scope="module")
 def house():
-    model, tokenizer = graph_gpo.tiny_model(graph_gpo.House.words, CPU, 0)
+    model, tokenizer = tiny_model(House.words, CPU, 0)
     how = {"tasks": 3, "K": 4, "max_steps": 6, "max_tokens": 4, "kl_coef": 0.0}
     return model, tokenizer, common.tiny_args(graph_gpo, micro_tokens=400, **how)
 
@@ -328,7 +316,7 @@ def test_ways_to_handle_prompts_cost_what_they_say(house):
 def test_padded_and_packed_give_the_same_gradients():
     """compare_row() asserts so, on a model and trees that fork below the prompt."""
     args = common.tiny_args(tree_grpo, sft_steps=2, prompts=2, turn_tokens=5)
-    agent = common.actor_of(tree_grpo, *tree_grpo.built_in_model(args, CPU), args)
+    agent = common.actor_of(tree_grpo, *common.warm_started(tree_grpo, args), args)
     found, _ = common.rollouts(tree_grpo, agent, 0)
     groups = speed.other_advantages(common.credits(tree_grpo, found, args, 0))
     row = speed.compare_row(["trees"], agent.model, groups, 1, CPU)
@@ -347,10 +335,8 @@ def test_grid_is_of_whole_rollouts():
         last[t.trajectory] = t.next_state
 
 
-def test_shuffled_credits_are_the_same_ones_elsewhere(house):
-    model, tokenizer, args = house
-    player = graph_gpo.Player(model, tokenizer, args, graph_gpo.House)
-    [task] = player.play([3], 4, random.Random(0), 1.0, Counter())
+def test_shuffled_credits_are_the_same_ones_elsewhere():
+    task, args = three_steps(), graph_gpo.Args()
     A = graph_gpo.advantages(task, args)
     dealt = default_run.shuffled_steps(graph_gpo.advantages)(task, args)
     assert torch.equal(A.sort().values, dealt.sort().values) and not torch.equal(A, dealt)

@@ -10,7 +10,9 @@ import random
 from collections import Counter
 from types import SimpleNamespace
 
+import pictures
 import pytest
+import tiny
 import torch
 from conftest import (
     Letters,
@@ -24,13 +26,17 @@ from conftest import (
     roots_of,
     tiny_qwen,
 )
+from house import House
+from problems import Problem
+from sums import Sums
 from test_advantages import plain_z, walks
+from tiny import tiny_model
 
 import graph_gpo
 import tree_grpo
 import treerl
-from graph_gpo import SUCCESS, House, Player, Step, Task, Transition
-from treerl import Problem, Solver, eptree, length, split
+from graph_gpo import SUCCESS, Player, Step, Task, Transition
+from treerl import Solver, eptree, length, split
 
 
 # ------------------------------------------------------------------------------------- all searches
@@ -99,25 +105,35 @@ def test_what_a_fork_draws_follows_the_policy(temperature, top_p):
 
 
 @pytest.mark.parametrize("script", [tree_grpo, treerl])
-def test_held_out_tasks_are_played_so_many_at_once(script):
+def test_held_out_tasks_are_played_so_many_at_once(script, tmp_path):
+    # Rewards at temperature 1 and greedily: more than 0.5 is success, or more than --success.
+    rewards = {"right": (1.0, 0.75), "wrong": (0.5, 0.51), "bad": (-1.0, 0.0)}
     played = []
 
     def play(draws, starts):
         played.append((draws[1], len(starts)))
         for task, root, _ in starts:
-            script.Node(root).reward = float(task == "right" or draws[1] == 0)
+            script.Node(root, [5, 6], [-1.0] * 2).reward = rewards[task][draws[1] == 0]
 
     for most, sizes in ((2, [2, 2, 1]), (5, [5]), (128, [5])):
         actor = SimpleNamespace(
             model=SimpleNamespace(device="cpu"),
-            args=SimpleNamespace(at_once=most),
-            held_out=["right", "wrong", "right", "wrong", "right"],
-            root=lambda task: script.Node(),
+            tokenizer=Letters(),
+            args=SimpleNamespace(at_once=most, success=0.5, out=tmp_path),
+            task=SimpleNamespace(held_out=["right", "wrong", "bad", "wrong", "right"]),
+            root=lambda task: script.Node(tokens=[3, 4]),
             play=play,
         )
         played.clear()
-        assert script.evaluate(actor) == {"success": 3 / 5, "greedy_success": 1}
+        assert script.evaluate(actor) == {"success": 2 / 5, "greedy_success": 4 / 5}
         assert played == [(temperature, size) for temperature in (1.0, 0.0) for size in sizes]
+    # The last one, greedy: its tokens 3 to 6 and its reward.
+    episode = (tmp_path / "episode.md").read_text()
+    assert "abcd" in episode and "eward 0.75" in episode
+    actor.args.success = -0.5
+    assert script.evaluate(actor) == {"success": 4 / 5, "greedy_success": 1}
+    actor.args.success = 0.75
+    assert script.evaluate(actor) == {"success": 2 / 5, "greedy_success": 0}
 
 
 # ---------------------------------------------------------------------------------------- Tree-GRPO
@@ -348,7 +364,8 @@ def test_chainrl_is_leave_one_out():
 
 
 def solver_of(model, tokenizer=None, **how) -> Solver:
-    return Solver(model, tokenizer or Letters(), treerl.Args(**how), [], [])
+    args = treerl.Args(**{"eval_prompts": 1, **how})
+    return Solver(model, tokenizer or Letters(), args, Sums(args))
 
 
 @pytest.mark.parametrize("before", ["", "a", "é", "1 🙂 2\n", "🙂🙂 漢字 ∑ ", "# #### 7 and "])
@@ -358,7 +375,7 @@ def solver_of(model, tokenizer=None, **how) -> Solver:
 )
 def test_where_the_final_answer_begins(before, answer, latex):
     # A token for each byte, so an emoji is four of them and decodes to marks until the last.
-    model, tokenizer = treerl.tiny_model([" 7", " and"], torch.device("cpu"), 0)
+    model, tokenizer = tiny_model([" 7", " and"], torch.device("cpu"), 0)
     solver = solver_of(model, tokenizer)
     above, tokens = (treerl.encode(tokenizer, text) for text in (before, answer))
     tokens = [*above, *tokens, tokenizer.eos_token_id]
@@ -371,7 +388,7 @@ def test_where_the_final_answer_begins(before, answer, latex):
 
 
 def test_an_answer_that_begins_inside_a_token():
-    model, tokenizer = treerl.tiny_model(["x##", "##"], torch.device("cpu"), 0)
+    model, tokenizer = tiny_model(["x##", "##"], torch.device("cpu"), 0)
     tokens = tokenizer.convert_tokens_to_ids(["a", "x##", "##", "7"])
     leaf = treerl.Node(treerl.Node(tokens=[2]), tokens, [0.0] * 4)
     assert solver_of(model, tokenizer).answer_at(Problem("", "7"), leaf) == 1
@@ -499,7 +516,8 @@ def test_rollouts_are_what_the_world_says(architecture):
 def test_a_prompt_tells_of_the_last_steps_and_is_cut_from_the_left(h, room):
     model, plain = tiny_qwen("qwen2")
     player = player_in(Ring, model, history=h, max_steps=6)
-    tail = player.after = "ok\n"
+    player.after = "ok\n"
+    tail = "\nok\n"
     root = len(f"Task: {Ring().reset(2)[1]['task']}\n")
     model.config.max_position_embeddings = root + room + len(tail) + 3  # 3 are --max-tokens
     (task,), _ = played(player, seeds=(2,), K=6)
@@ -520,14 +538,14 @@ def test_a_prompt_tells_of_the_last_steps_and_is_cut_from_the_left(h, room):
 
 
 def test_instruction_and_chat_template_are_around_every_prompt():
-    model, tokenizer = graph_gpo.tiny_model(["<user>"], torch.device("cpu"), 0)
+    model, tokenizer = tiny_model(["<user>"], torch.device("cpu"), 0)
     tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"
     player = player_in(Ring, model, tokenizer)
-    task = player.task("do it", 1)
-    prompt = player.prompt(task, ["here"])
+    task = player.begin(6, [Ring(), Ring()], False)  # at 1 + 6 mod 5
+    prompt = player.prompt(task, 0)
     text = tokenizer.decode(task.root.tokens + prompt.tokens)
-    assert text == "<user>Walk round the ring.\nTask: do it\nhere\n<end>"
-    assert player.prompt(task, ["here"]) is prompt  # met again
+    assert text == "<user>Walk round the ring.\nTask: go from 2 to 0.\nplace 2 and on and on\n<end>"
+    assert player.prompt(task, 1) is prompt  # met again
 
 
 def test_credit_of_rollouts_by_brute_force(architecture):
@@ -566,6 +584,7 @@ def task_of(paths, rewards=None, invalid=(), text="task") -> Task:
         reward = paid[t.trajectory] if number in ends else 0.0
         task.steps.append(Step(t, node, reward, number not in invalid))
     task.returns += paid
+    task.told = [[f"{state}\n> go\n" for state in path[:-1]] + [path[-1]] for path in paths]
     return task
 
 
@@ -594,9 +613,10 @@ def test_an_advantage_has_three_terms(method):
     assert found(task_of(PATHS)) == pytest.approx(expected)
 
 
-def evaluated(sampled, greedy, **how):
+def evaluated(out, sampled, greedy, **how):
     player, calls = Player.__new__(Player), []
-    player.args, player.model = graph_gpo.Args(K=2, **how), SimpleNamespace(device="cpu")
+    player.args, player.model = graph_gpo.Args(K=2, out=out, **how), SimpleNamespace(device="cpu")
+    player.tokenizer = Letters()
 
     def play(seeds, K, generator, temperature, counts, held_out):
         assert held_out and (K, temperature) in ((2, 1.0), (1, 0.0))
@@ -607,26 +627,45 @@ def evaluated(sampled, greedy, **how):
     return player.evaluate(), calls
 
 
-def test_evaluation_counts_steps_as_the_papers_figure():
+def test_evaluation_counts_steps_as_the_papers_figure(tmp_path):
     # s - m - G won, s - x - s - m failed: d(m) = 1, d(s) = 2, d(x) = 3: of the failed one's steps
     # x - s and s - m lead nearer, s - x does not. A won s - s - x - s - G: at d(s) = 1, d(x) = 2
     # only x - s and s - G do: 2 of 4 are waste, with the first rollout's 0 of 2 that is 2 of 6. The
     # second task's failed rollout leads away. A task without success does not count.
     tasks = [task_of(["smG", "sxsm"]), task_of(["ssxsG", "sx"]), task_of(["sms", "s" * 5])]
     greedy = [task_of(["sG"]), task_of(["sa"]), task_of(["sa"])]
-    row, calls = evaluated(tasks, greedy, eval_tasks=3)
+    row, calls = evaluated(tmp_path, tasks, greedy, eval_tasks=3)
     assert (row["success"], row["greedy_success"]) == (2 / 6, 1 / 3)
     assert (row["progress_in_failed"], row["waste_in_successful"]) == (2 / 4, 2 / 6)
     assert calls == [(2, 0, 1, 2), (1, 0, 1, 2)]
-    row, calls = evaluated(tasks, greedy, eval_tasks=3, tasks=2)  # as many at once as in training
+    episode = (tmp_path / "episode.md").read_text()  # the last greedy one
+    assert "task" in episode and "eward 0." in episode and "\ns\n> go\na\n" in episode
+    # As many at once as in training.
+    row, calls = evaluated(tmp_path, tasks, greedy, eval_tasks=3, tasks=2)
     assert row["success"] == 2 / 6 and calls == [(2, 0, 1), (2, 2), (1, 0, 1), (1, 2)]
 
 
-def test_evaluation_without_anything_to_count():
-    row, _ = evaluated([task_of(["sa", "sb"])], [task_of(["sa"])], eval_tasks=1)
+def test_evaluation_without_anything_to_count(tmp_path):
+    row, _ = evaluated(tmp_path, [task_of(["sa", "sb"])], [task_of(["sa"])], eval_tasks=1)
     assert [*row.values()] == [0, 0, None, None]
-    row, _ = evaluated([task_of(["sG", "sG"])], [task_of(["sG"])], eval_tasks=1)
+    row, _ = evaluated(tmp_path, [task_of(["sG", "sG"])], [task_of(["sG"])], eval_tasks=1)
     assert [*row.values()] == [1, 1, None, 0]
+
+
+class Acting(Player):
+    """A player without a policy: each action is `says`."""
+
+    says = "go"
+
+    def act(self, live, *how):
+        prompts = [self.prompt(task, k) for task, k in live]
+        return [graph_gpo.Node(prompt, self.encode(self.says)) for prompt in prompts]
+
+
+def acting_in(world, says="go", **how):
+    player = player_in(world, tiny_qwen("qwen2")[0], **how)
+    player.__class__, player.says = Acting, says
+    return player
 
 
 class Told:
@@ -638,9 +677,6 @@ class Told:
 
     def step(self, action):
         return "there", *self.told, {}
-
-    def demonstrate(self, rng):
-        return "go"
 
 
 @pytest.mark.parametrize(
@@ -657,8 +693,8 @@ class Told:
 )
 def test_success_is_an_end_with_a_reward(reward, terminated, truncated, won):
     Told.told, counts = (reward, terminated, truncated), Counter()
-    player = player_in(Told, tiny_qwen("qwen2")[0], max_steps=3)
-    (task,) = player.play([0], 2, random.Random(0), 1.0, counts, held_out=True)
+    player = acting_in(Told, max_steps=3)
+    (task,) = player.play([0], 2, None, 1.0, counts, held_out=True)
     assert task.won == [won, won] and player.envs[0].options == {"held_out": True}
     n = 1 if terminated or truncated else 3
     assert task.returns == [n * reward] * 2 and len(task.steps) == 2 * n == counts["env_steps"]
@@ -667,6 +703,73 @@ def test_success_is_an_end_with_a_reward(reward, terminated, truncated, won):
     assert all(step.transition.next_state == end for step in task.steps)
     assert all(step.valid is True for step in task.steps)  # the default
     assert counts["generated_tokens"] == counts["forwarded_tokens"] == 0
+
+
+class Faulty:
+    """The second of these worlds fails at its second step, in the manner of `fails`."""
+
+    worlds = []  # noqa: RUF012
+
+    def __init__(self):
+        self.worlds.append(self)
+
+    def reset(self, seed=0, options=None):
+        self.n = 0
+        return "place", {"task": "x", "state": "s0"}
+
+    def step(self, action):
+        self.n += 1
+        if self.n == 2 and self is self.worlds[1]:
+            return self.fails()
+        return f"place {self.n}", 0.25, False, False, {"state": f"s{self.n}"}
+
+
+FAILS = {
+    "it raises": lambda self: 1 / 0,
+    "nothing": lambda self: None,
+    "four values": lambda self: ("there", 0.5, True, False),
+    "no info": lambda self: ("there", 0.5, True, False, None),
+    "a reward in words": lambda self: ("there", "much", True, False, {}),
+    "an unhashable state": lambda self: ("there", 0.5, True, False, {"state": ["s2"]}),
+}
+
+
+@pytest.mark.parametrize("how", FAILS)
+def test_a_world_that_fails_ends_its_own_rollout(how, monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "worlds", [])
+    monkeypatch.setattr(Faulty, "fails", FAILS[how], raising=False)
+    player, counts = acting_in(Faulty, max_steps=3), Counter()
+    (task,) = player.play([0], 3, None, 1.0, counts)
+    assert counts["world_errors"] == 1 and counts["env_steps"] == 3 + 3 + 2
+    assert [len(rollout(task, k)) for k in range(3)] == [3, 2, 3]
+    assert task.returns == [0.75, 0.25, 0.75] and task.won == [False] * 3
+    last = rollout(task, 1)[-1]  # a step that changed nothing
+    assert last.transition[:3] == ("s1", "go", "s1") and (last.reward, last.valid) == (0, True)
+    assert graph_gpo.advantages(task, player.args).isfinite().all()
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1 and "'go'" in said.err
+
+
+def test_a_start_that_fails_is_refused():
+    class Unseeded(Faulty):
+        def reset(self, seed=0, options=None):
+            return "place", {"task": f"task {self.worlds.index(self)}"}
+
+    class Raising(Faulty):
+        def reset(self, seed=0, options=None):
+            if seed == 7:
+                raise IndexError("no such game")
+            return super().reset(seed)
+
+    class Listing(Faulty):
+        def reset(self, seed=0, options=None):
+            return "place", {"task": "x", "state": ["s0"]}
+
+    for world, reason in ((Unseeded, "seed"), (Raising, "no such game"), (Listing, "unhashable")):
+        player = acting_in(world)
+        with pytest.raises(graph_gpo.BadInput, match=f"^--env.*{reason}") as refused:
+            player.play([6, 7], 2, None, 1.0, Counter())
+        assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -684,31 +787,38 @@ def test_success_is_an_end_with_a_reward(reward, terminated, truncated, won):
     ],
 )
 def test_what_the_policy_wants_to_do(text, action):
-    model, tokenizer = graph_gpo.tiny_model([], torch.device("cpu"), 0)
+    model, tokenizer = tiny_model([], torch.device("cpu"), 0)
     tokens = graph_gpo.encode(tokenizer, text) + [tokenizer.eos_token_id]
     player = player_in(Ring, model, tokenizer)
     assert player.action(graph_gpo.Node(tokens=tokens)) == action  # the end is no part of it
 
 
-def test_the_tiny_models_tokens_are_the_worlds_words():
-    model, tokenizer = graph_gpo.tiny_model(House.words, torch.device("cpu"), 0)
-    player = player_in(House, model, tokenizer, max_steps=20)
-    byte, seen = 257, set()  # ids below are the end and single bytes
-    for task in player.play(range(150), 1, random.Random(0), 1.0, Counter()):
-        assert min(task.root.tokens) >= byte
-        for step in task.steps:
-            *tokens, end = step.node.tokens
-            assert len(tokens) == len(step.transition.action.split()) == 2
-            assert min(tokens) >= byte and end == tokenizer.eos_token_id
-            *tokens, _, _ = step.node.parent.tokens  # the last two are the full stop and a new line
-            seen.update(tokens)
-    assert min(seen) >= byte and len(seen) > 40
+def test_the_tiny_models_tokens_are_the_worlds_words(monkeypatch):
+    # What it is warm-started on: single steps of the demonstrator, a prompt and an action.
+    caught = []
+    monkeypatch.setattr(tiny, "imitate", lambda *how: caught.append(how))
+    args = graph_gpo.Args(max_steps=20, sft_steps=8, max_tokens=8)
+    model, tokenizer = tiny.graph_gpo(graph_gpo, args, House, torch.device("cpu"))
+    ((script, trained, leaves, batch, _),) = caught
+    assert (script, trained, batch, len(leaves)) == (graph_gpo, model, 128, 8 * 128)
+    byte, seen, verbs = 257, set(), set()  # ids below are the end and single bytes
+    for leaf in leaves:
+        root, prompt, action = leaf.path()
+        *tokens, end = action.tokens
+        verb, _ = tokenizer.decode(tokens).split()
+        verbs.add(verb)
+        assert action.logps == [0.0] * 3  # all of it carries loss
+        assert len(tokens) == 2 and min(tokens) >= byte and end == tokenizer.eos_token_id
+        *told, _, _ = prompt.tokens  # the last two are the full stop and a new line
+        assert min(root.tokens + told) >= byte
+        seen.update(told)
+    assert verbs == {"go", "open", "take", "put", "clean", "heat", "cool"} and len(seen) > 40
 
 
 def test_the_picture_is_of_the_smallest_task_with_both_outcomes():
     won, large = task_of(["sG", "sG"], text="won"), task_of(["sabG", "sa"], text="large")
     small = task_of(["sG", "sa"], text="small")
-    picture = functools.partial(graph_gpo.picture, args=graph_gpo.Args())
+    picture = functools.partial(pictures.graph_gpo, graph_gpo, args=graph_gpo.Args())
     text = picture([won, large, small])
     assert "Task: small<br>" in text and "+1.41" in text  # A_G + A_E, both 1 / sqrt 2
     assert "Task: won<br>" in picture([won])

@@ -10,7 +10,7 @@ import pytest
 
 NAMES = ("tree_grpo.py", "treerl.py", "graph_gpo.py")
 SCRIPTS = [Path(__file__).parents[1] / name for name in NAMES]
-OWN = {"main", "Args", "train", "credit", "picture", "built_in_model"}
+OWN = {"main", "Args", "train", "credit"}
 
 
 def definitions(source: str) -> dict[str, str]:

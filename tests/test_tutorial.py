@@ -9,12 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TUTORIAL = (ROOT / "tutorial.md").read_text(encoding="utf-8")
-PARTS = re.split(r"^# (?=Introduction|Chapter |Exercises|Appendix)", TUTORIAL, flags=re.MULTILINE)[
-    1:
-]
-PARTS[:2] = [
-    PARTS[1].replace("\n", f"\n{PARTS[0]}", 1)
-]  # the introduction and chapter 1 are one program
+PARTS = re.split(r"^# (?=Introduction|Chapter |Exercises|Appendix)", TUTORIAL, flags=re.MULTILINE)[1:]
+PARTS[:2] = [PARTS[1].replace("\n", f"\n{PARTS[0]}", 1)]  # the introduction and chapter 1 are one program
 CHAPTERS = {part.splitlines()[0]: part for part in PARTS}
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
@@ -34,9 +30,7 @@ def run(chapter: str) -> list[tuple[str, str]]:
     return results
 
 
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # TRL's: rollout_func is experimental, and what transformers deprecates
+@pytest.mark.filterwarnings("ignore")  # TRL's: rollout_func is experimental, and what transformers deprecates
 @pytest.mark.parametrize("title", CHAPTERS)
 def test_blocks_print_what_the_page_says(title):
     if "from trl import" in CHAPTERS[title]:
@@ -47,19 +41,13 @@ def test_blocks_print_what_the_page_says(title):
 
 def test_every_block_is_found():
     assert CHAPTERS
-    assert (
-        TUTORIAL.count("```python")
-        == sum(len(blocks(chapter)) for chapter in CHAPTERS.values())
-        > 0
-    )
+    assert TUTORIAL.count("```python") == sum(len(blocks(chapter)) for chapter in CHAPTERS.values()) > 0
 
 
 def test_every_output_is_compared():
     """A text block that is not directly below its Python block would not be compared: only pictures may be so."""
     outputs = re.findall(r"^```text\n(.*?)^```\n", TUTORIAL, re.MULTILINE | re.DOTALL)
-    compared = [
-        expected for chapter in CHAPTERS.values() for _, expected in blocks(chapter) if expected
-    ]
+    compared = [expected for chapter in CHAPTERS.values() for _, expected in blocks(chapter) if expected]
     assert all("(0)" in text or "lane " in text for text in outputs if text not in compared)
 
 
@@ -81,11 +69,7 @@ def test_index_names_what_exists():
         for name in re.findall(r"`(\w+)`", functions):
             if not re.search(rf"^(def|class) {name}\b", script, re.MULTILINE):
                 missing.append(name)
-        missing += [
-            name
-            for name in re.findall(r"`(\w+\.py)`", files)
-            if not (ROOT / "tests" / name).exists()
-        ]
+        missing += [name for name in re.findall(r"`(\w+\.py)`", files) if not (ROOT / "tests" / name).exists()]
     assert missing == []
 
 
@@ -112,24 +96,16 @@ def test_verl_calls_the_estimators(monkeypatch):
     from verl.trainer.config import AlgoConfig
     from verl.trainer.ppo import core_algos
 
-    monkeypatch.setattr(
-        core_algos, "ADV_ESTIMATOR_REGISTRY", {}
-    )  # a second registration of a name is refused
+    monkeypatch.setattr(core_algos, "ADV_ESTIMATOR_REGISTRY", {})  # a second registration of a name is refused
     names = {"__name__": "tutorial"}
     for code, _ in blocks(TUTORIAL[TUTORIAL.index("\n## 5.2 ") : TUTORIAL.index("\n# Exercises")]):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(code, "tutorial.md", "exec"), names)  # noqa: S102 (the page is our own)
-    assert (
-        set(core_algos.ADV_ESTIMATOR_REGISTRY)
-        == {"tree_grpo", "treerl", "graph_gpo"}
-        == set(names["uids"])
-    )
+    assert set(core_algos.ADV_ESTIMATOR_REGISTRY) == {"tree_grpo", "treerl", "graph_gpo"} == set(names["uids"])
     tensors = {"token_level_rewards": names["rewards"], "response_mask": names["mask"]}
     for name, uid in names["uids"].items():
         batch = DataProto.from_dict(tensors=dict(tensors), non_tensors={"uid": uid})
-        batch = trainer.compute_advantage(
-            batch, adv_estimator=name, config=AlgoConfig(adv_estimator=name)
-        )
+        batch = trainer.compute_advantage(batch, adv_estimator=name, config=AlgoConfig(adv_estimator=name))
         expected, _ = names[f"{name}_estimator"](*tensors.values(), index=uid)
         assert expected.abs().sum() > 0
         assert batch.batch["advantages"].equal(expected) and batch.batch["returns"].equal(expected)

@@ -12,11 +12,11 @@ from cli.outside import ENVIRONMENT, FORKING, SCRIPTS, TRACKIO, make_bad_runs, m
 
 
 def pytest_generate_tests(metafunc):
-    """A test is run with each script; those in a file about one script, which it names in SCRIPT,
-    with that."""
+    """A test is run with each script; those in a file about some of them, which it names in SCRIPT,
+    with these."""
     if "script" in metafunc.fixturenames:
-        own = getattr(metafunc.module, "SCRIPT", None)
-        names = [own] if own else list(SCRIPTS)
+        own = getattr(metafunc.module, "SCRIPT", "")
+        names = own.split() or list(SCRIPTS)
         metafunc.parametrize("script", names, indirect=True, scope="session")
 
 

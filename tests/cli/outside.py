@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from outside import README  # noqa: F401
-from test_data import gsm8k, hotpot, lines, math500, math_record, musique
+from tiny import tiny_model
 
 import tree_grpo
 
@@ -59,8 +59,8 @@ SCRIPTS = {
         ),
         Script(
             "treerl",
-            "--sft-steps 32 --ops 5 --prompts 3 --eval-prompts 4 --M 2 --max-tokens 32"
-            " --save-every 1",
+            f"--sft-steps 32 --env {ROOT / 'envs' / 'sums.py'}:Sums:5 --prompts 3 --eval-prompts 4"
+            " --M 2 --max-tokens 32 --save-every 1",
             "--steps 5 --epochs 2 --lr 0.0005 --warmup 2 --kl-coef 0.01",
             "tree.md",
             "pass_rate",
@@ -122,7 +122,8 @@ for line in sys.stdin:
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 # A stand-in for trackio: what it is told goes to a file, and the process gets a signal with the row
-# of a step, if a file says which and when. So tests stop a run at one certain place.
+# of a step, if a file says which and when. So tests stop a run at one certain place. And if there is
+# a file patch.py, it is run first: so tests make the disk full.
 TRACKIO = """
 import json, os
 def note(*told):
@@ -130,6 +131,8 @@ def note(*told):
         print(json.dumps(told), file=file)
 def init(**run):
     note("init", run)
+    if os.path.exists("patch.py"):
+        exec(open("patch.py").read(), globals())
 def log(row, step):
     note("log", row, step)
     if row["event"] == "train" and os.path.exists("signal"):
@@ -168,14 +171,15 @@ def timeless(out: Path) -> list[dict]:
 
 
 def assert_same_run(out: Path, whole: Path):
-    """Everything equal but the time it took: rows, final weights bit for bit, the last picture."""
+    """Everything equal but the time it took: rows, final weights bit for bit, the last picture and
+    the last episode."""
     assert timeless(out) == timeless(whole)
     assert equal_weights(out / "final", whole / "final")
     for pattern in ("*.md", "checkpoint*"):
         ours, theirs = (sorted(folder.glob(pattern)) for folder in (out, whole))
         assert [path.name for path in ours] == [path.name for path in theirs]
-    (drawn,), (expected,) = out.glob("*.md"), whole.glob("*.md")
-    assert drawn.read_text() == expected.read_text()
+        if pattern == "*.md":
+            assert [path.read_text() for path in ours] == [path.read_text() for path in theirs]
 
 
 def draw_tree(out: Path):
@@ -209,7 +213,7 @@ def are_chains(edges, leaves, number: int) -> bool:
 def make_chat_model(folder: Path, context: int):
     """The tiny model with random weights, its tokenizer with a chat template."""
     words = ["<|im_start|>", "<|im_end|>"]
-    model, tokenizer = tree_grpo.tiny_model(words, torch.device("cpu"), 1)
+    model, tokenizer = tiny_model(words, torch.device("cpu"), 1)
     model.config.max_position_embeddings = context
     tokenizer.chat_template = TEMPLATE
     tree_grpo.save_model(folder, model, tokenizer)
@@ -223,6 +227,11 @@ def make_files(folder: Path):
 
     model, tokenizer = make_chat_model(folder / "chat", 2048)
     make_chat_model(folder / "short", 32)  # a context too short for anything
+    shutil.copytree(folder / "chat", folder / "raising")  # a template without a system's turn
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}"
+    tokenizer.chat_template += "{{ raise_exception('no\nsystem') }}{% endif %}" + TEMPLATE
+    tokenizer.save_pretrained(folder / "raising")
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "no-weights")
     model.config.save_pretrained(folder / "no-weights")
     model.save_pretrained(folder / "no-tokenizer")
@@ -233,15 +242,22 @@ def make_files(folder: Path):
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_layer=1, n_head=2, n_embd=16))
     gpt2.save_pretrained(folder / "gpt2")
     tokenizer.save_pretrained(folder / "gpt2")
-    six = range(6)
-    texts = {
-        "hotpot.json": json.dumps([hotpot(f"{NASTY} {i}") for i in six], indent=1),
-        "musique.jsonl": lines(musique(f"{NASTY} {i}") for i in six),
-        "gsm8k.jsonl": lines(gsm8k(f"{NASTY} {i}", f"#### {i}") for i in six),
-        "math500.jsonl": lines(math500(f"{NASTY} {i}", f"\\frac{{{i}}}{{2}}") for i in six),
-        "math.json": json.dumps([math_record(f"{NASTY} {i}") for i in six], indent=1),
-        "empty.json": "",
-    }
+    records = {name: [] for name in ("hotpot", "musique", "gsm8k", "math500", "math")}
+    for i in range(6):
+        asked = f"{NASTY} {i}"
+        question, problem = {"question": asked}, {"problem": asked}
+        found = {"paragraphs": [{"title": "A", "paragraph_text": "Ann wrote it."}]}
+        sentences = {"context": [["A", ["A is a book.", " Ann wrote it."]], ["B", ["A town."]]]}
+        records["hotpot"].append({**question, "answer": "Ann", **sentences})
+        records["musique"].append({**question, "answer": "Ann", "answer_aliases": [], **found})
+        records["gsm8k"].append({**question, "answer": f"It is so.\n#### {i}"})
+        records["math500"].append({**problem, "answer": f"\\frac{{{i}}}{{2}}"})
+        records["math"].append({**problem, "solution": f"It is $\\boxed{{{i}}}$."})
+    texts = {"empty.json": ""}
+    for name in ("hotpot", "math"):
+        texts[f"{name}.json"] = json.dumps(records[name], indent=1)
+    for name in ("musique", "gsm8k", "math500"):
+        texts[f"{name}.jsonl"] = "".join(json.dumps(record) + "\n" for record in records[name])
     texts["cut.json"] = texts["hotpot.json"][:900]
     texts["cut.jsonl"] = texts["gsm8k.jsonl"][:-20]
     for name, text in texts.items():

@@ -17,6 +17,7 @@ import torch
 from cli.outside import (
     ENVIRONMENT,
     README,
+    ROOT,
     SCRIPTS,
     TEMPLATE,
     assert_same_run,
@@ -51,8 +52,8 @@ def test_a_run_leaves_its_metrics(script, whole):
     for row in steps:
         assert row.keys() == {*STEP.split(), *script.columns.split()}
         assert 0 < row["seconds_sampling"] < row["seconds"]
-        assert row["peak_gb"] is None  # there is no GPU
-        assert all(math.isfinite(row[k]) for k in row.keys() - {"event", "peak_gb"})
+        assert row["peak_gb"] == 0  # there is no GPU
+        assert all(math.isfinite(row[k]) for k in row.keys() - {"event"})
         assert 0 <= row["success"] <= 1
         assert row["sampler_gap"] < 1e-5
     for row in (first, last):
@@ -80,7 +81,7 @@ def test_a_run_says_what_it_does_and_leaves_a_model(script, whole):
     assert "training" in errors
     assert "Traceback" not in errors
 
-    written = {"metrics.jsonl", script.drawing, "start", "final", "checkpoint-000005"}
+    written = {"metrics.jsonl", script.drawing, "episode.md", "start", "final", "checkpoint-000005"}
     assert {path.name for path in whole.iterdir()} == written
     model = AutoModelForCausalLM.from_pretrained(whole / "final")
     tokenizer = AutoTokenizer.from_pretrained(whole / "final")
@@ -89,6 +90,24 @@ def test_a_run_says_what_it_does_and_leaves_a_model(script, whole):
     assert len(ids["input_ids"][0]) <= 30  # the task's own words are whole tokens
     assert model(**ids).logits.isfinite().all()
     assert not equal_weights(whole / "start", whole / "final")
+
+
+def test_an_evaluation_leaves_an_episode(script, whole):
+    text = (whole / "episode.md").read_text()
+    head, words = text.split("~~~~text\n")
+    reward = float(re.search(r"Reward ([-\d.]+)\.", head)[1])
+    assert reward in (0, 0.1, 0.2, 0.8, 1)
+    (last,) = (row for row in metrics(whole, "eval") if row["step"] == 5)
+    if last["greedy_success"] in (0, 1):
+        assert (reward > 0.5) == last["greedy_success"]
+    prompt = {
+        "tree_grpo": r"(Who|Where) is the .* of \w+\?",
+        "treerl": r"Modulo 11, from \d+: .*\n",
+    }
+    prompt["graph_gpo"] = r"^You are in the .*\n> \w+"
+    assert re.search(prompt[script.name], words)
+    assert words.endswith("\n~~~~\n")
+    assert script.name != "graph_gpo" or ": put a " in head
 
 
 def test_a_folder_as_model_and_recomputed_activations_change_nothing(script, run, whole, out):
@@ -146,6 +165,15 @@ def test_a_model_with_a_chat_template(script, run, files, out):
     assert AutoModelForCausalLM.from_pretrained(out / "final").num_parameters() > 0
 
 
+def test_two_runs_at_once_have_folders_of_their_own(script, run, whole, tmp_path):
+    line = f"{script.small} --steps 0 --model {whole / 'start'}".split()
+    both = [start(script, tmp_path, " ".join(line)) for _ in range(2)]
+    assert [process.communicate(timeout=90) and process.returncode for process in both] == [0, 0]
+    names = [path.name for path in (tmp_path / "runs").iterdir()]
+    assert len(names) == 2 and all(name.startswith(f"{script.name}-") for name in names)
+    assert all((tmp_path / "runs" / name / "final").exists() for name in names)
+
+
 def test_rows_arrive_at_a_tracker(script, run, whole, out, tmp_path):
     line = f"{script.small} --steps 1 --model {whole / 'start'} --log trackio --out out"
     run.well(line)
@@ -164,7 +192,9 @@ def test_a_run_that_breaks_its_weights_stops_and_says_so(script, run, whole, out
     result = run(f"{line} --out out")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
-    assert re.search(r"stopped: [^\n]*; go on with --resume and a lower --lr\n$", result.stderr)
+    assert re.search(
+        r"stopped: [^\n]*; go on with --resume[^\n]* lower --lr\b[^\n]*\n$", result.stderr
+    )
     assert [row["step"] for row in metrics(out)] == [0, 1]
     assert (out / "checkpoint-000001" / "state.pt").exists()
     assert not (out / "final").exists()
@@ -210,6 +240,75 @@ def test_a_run_killed_before_its_first_checkpoint(script, run, whole, out, tmp_p
     assert_same_run(out, whole)
 
 
+# What is written is counted, and from one on the disk is full: what is raised then, as seen on one.
+FULL = """
+import safetensors, torch, transformers
+written = 0
+def full(write):
+    def counted(*how, **more):
+        global written
+        written += 1
+        if written >= {first}:
+            raise {error}
+        return write(*how, **more)
+    return counted
+{what} = full({what})
+"""
+MODEL = "transformers.PreTrainedModel.save_pretrained"
+MODEL_ERROR = 'safetensors.SafetensorError("I/O error: No space left on device (os error 28)")'
+STATE_ERROR = (
+    'RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")'
+)
+OTHER_ERROR = 'OSError(28, "No space left on device")'
+
+
+# In the middle of a checkpoint, at its end, and when all is done: there are six checkpoints.
+@pytest.mark.parametrize(
+    ("what", "first", "error"),
+    [
+        (MODEL, 3, MODEL_ERROR),
+        ("torch.save", 3, STATE_ERROR),
+        ("torch.save", 2, OTHER_ERROR),
+        (MODEL, 7, MODEL_ERROR),
+    ],
+    ids=["a model", "a state", "a folder", "the last model"],
+)
+def test_a_full_disk(script, run, whole, out, tmp_path, what, first, error):
+    (tmp_path / "patch.py").write_text(FULL.format(what=what, first=first, error=error))
+    line = f"{script.small} {script.five} --model {whole / 'start'} --log trackio --out out"
+    result = run(line)
+    assert result.returncode in (1, 2)
+    assert "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert "--resume" in last and ("disk" in last or "No space left" in last)
+    newest = f"checkpoint-{min(first - 2, 5):06d}"
+    assert [path.name for path in out.glob("checkpoint-*")] == [newest]
+    (tmp_path / "patch.py").unlink()  # there is room again
+    run.well("--resume out")
+    assert_same_run(out, whole)
+
+
+WATCHED = """
+import torch
+save = torch.save
+def watched(*how, **more):
+    save(*how, **more)
+    note("saving", sorted(name for name in os.listdir("out") if name.startswith("checkpoint")))
+torch.save = watched
+"""
+
+
+def test_there_are_two_checkpoints_at_most(script, run, whole, out, tmp_path):
+    (tmp_path / "patch.py").write_text(WATCHED)
+    line = f"{script.small} --steps 2 --model {whole / 'start'} --log trackio --out out"
+    run.well(line)
+    told = [json.loads(line) for line in (tmp_path / "trackio.jsonl").read_text().splitlines()]
+    old = [["checkpoint-000000"], ["checkpoint-000001"]]
+    saving = [["checkpoint.tmp"], *([*name, "checkpoint.tmp"] for name in old)]
+    assert [names for kind, names, *_ in told if kind == "saving"] == saving
+    assert [path.name for path in out.glob("checkpoint*")] == ["checkpoint-000002"]
+
+
 def test_a_finished_run_can_be_given_more_steps_and_another_rate(script, run, whole, out):
     shutil.copytree(whole, out)
     run.well("--resume out")
@@ -228,6 +327,34 @@ def test_a_finished_run_can_be_given_more_steps_and_another_rate(script, run, wh
     rows = metrics(out, "train")
     assert [row["kl"] is None for row in rows] == [*[False] * 7, True]
     assert rows[7]["lr"] == 0.0125  # what was changed stays so
+
+
+def test_a_resumed_run_takes_what_is_given_and_keeps_the_rest(script, run, whole, out, tmp_path):
+    # The number of rollouts, and how often it saves: killed at step 8, it has saved step 6.
+    shutil.copytree(whole, out)
+    shutil.copytree(whole, tmp_path / "usual")
+    own = "--K 1" if script.name == "graph_gpo" else "--M 3"
+    (tmp_path / "signal").write_text(f"{int(signal.SIGKILL)} 8")
+    line = f"--steps 9 --save-every 3 --log trackio {own}"
+    assert run(f"--resume out {line}").returncode == -signal.SIGKILL
+    (checkpoint,) = out.glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-000006"
+    found, was = (
+        torch.load(next(folder.glob("checkpoint-*/state.pt")), weights_only=True)["args"]
+        for folder in (out, whole)
+    )
+    given = {"resume": "out", "steps": 9, "save_every": 3, "log": "trackio"}
+    given |= {own.split()[0][2:]: int(own.split()[1])}
+    assert found == {**was, **given}
+    run.well("--resume usual --steps 6")
+    (other,) = metrics(tmp_path / "usual", "train")[5:]
+    row = metrics(out, "train")[5]
+    if script.name == "graph_gpo":
+        assert row["env_steps"] <= 3 * 1 * 6 < other["env_steps"]
+    else:
+        assert row["generated_tokens"] > 1.2 * other["generated_tokens"]
+        assert "|tree 3|" in (out / script.drawing).read_text()
+        assert "|tree 3|" not in (tmp_path / "usual" / script.drawing).read_text()
 
 
 def test_a_warm_start_that_is_killed_leaves_an_empty_folder(script, run, whole, out, tmp_path):
@@ -268,30 +395,34 @@ BAD = """
 --model {files}/no-tokenizer | --model {files}/empty.json | --model {files}/gpt2
 --model Qwen/Qwen2.5-of-nobody
 --model {files}/one-missing
+--env | --env House | --env missing.py:World | --env missing.py | --env :World | --env .py:World
+--env . | --env {envs}/records.py:json
+--template-kwargs {{ --model {files}/chat | --template-kwargs [1] --model {files}/chat
+--template-kwargs yes --model {files}/chat | --system brief --model {files}/raising
 --resume {runs}/nothing | --resume {runs}/no-state | --resume {runs}/missing
 --resume {runs}/no-run | --resume {runs}/other-script | --resume {runs}/cut-state.pt
 --resume {runs}/cut-model.safetensors
---M 7 --resume {runs}/good | --seed 1 --resume {runs}/good | --out elsewhere --resume {runs}/good
---method grpo --resume {runs}/good | --data x.json --resume {runs}/good
---dtype float32 --resume {runs}/good | --device tpu --resume {runs}/good
+--device tpu --resume {runs}/good | --method ppo --resume {runs}/good
 """
 OWN = {
     "tree_grpo": """
 --advantage none | --hard late | --keep -1 | --K 2 | --max-turns 0 | --turn-tokens -1 | --topk -1
---hops 1 | --hops 6 | --search-url http://127.0.0.1:8000/retrieve | --advantage intra --method grpo
+--env {envs}/facts.py:Facts:1 | --env {envs}/facts.py:Facts:5 | --env {envs}/facts.py:Facts:x
+--search-url http://127.0.0.1:8000/retrieve | --advantage intra --method grpo
 --advantage intra --L 0 | --advantage intra --keep 1 | --at-once 0 | --info-tokens 0
 --data {files}/empty.json --model {files}/chat | --data {files} --model {files}/chat
 --data {files}/cut.json --model {files}/chat | --data {files}/gsm8k.jsonl --model {files}/chat
 --data {files}/hotpot.json | --model {files}/short --data {files}/hotpot.json
---model {files}/short | --keep 1 --resume {runs}/good
+--model {files}/short
 """,
     "treerl": """
---method random | --method TreeRL | --T 0 | --T -1 | --T 1.5 | --keep 0 | --keep all | --ops 4
+--method random | --method TreeRL | --T 0 | --T -1 | --T 1.5 | --keep 0 | --keep all
+--env {envs}/sums.py:Sums:4 | --env {envs}/sums.py:Sums:x
 --max-tokens -1 | --K 2 | --max-turns 3 | --search-url http://127.0.0.1:8000 | --at-once 0
 --data {files}/empty.json --model {files}/chat | --data {files} --model {files}/chat
 --data {files}/cut.jsonl --model {files}/chat | --data {files}/hotpot.json --model {files}/chat
 --data {files}/gsm8k.jsonl | --model {files}/short --data {files}/gsm8k.jsonl
---model {files}/short | --keep 4 --resume {runs}/good
+--model {files}/short
 """,
     "graph_gpo": """
 --K 0 | --K -1 | --K 1.5 | --K all | --omega 0 | --omega 1 | --omega -0.1 | --omega nan
@@ -299,10 +430,8 @@ OWN = {
 --beta-episode nan | --invalid-penalty -0.1 | --invalid-penalty nan | --penalty 1
 --merge-similarity 0.5 | --dynamic-sampling 1 | --penalty-in-return | --max-steps 0 | --history -1
 --history all | --tasks 0 | --tasks 1.5 | --eval-tasks 0 | --max-tokens -1 | --kept-tokens -1
---env | --env House | --env missing.py:World | --env missing.py | --env :World | --env .py:World
---env . | --model {files}/short | --model {files}/chat --max-tokens 2048
---K 5 --resume {runs}/good | --env my.py:World --resume {runs}/good
---omega 0.2 --resume {runs}/good
+--model {files}/short | --model {files}/chat --max-tokens 2048
+--omega 1 --resume {runs}/good
 """,
 }
 
@@ -314,10 +443,11 @@ def test_what_is_refused(script, run, files, runs, tmp_path):
     for line in re.split(r"[|\n]\s*", (BAD + OWN[script.name]).strip()):
         if (line := line.strip()) == "":
             continue
-        result = run(line.format(files=files, runs=runs))
+        result = run(line.format(files=files, runs=runs, envs=ROOT / "envs"))
         flag = re.split("[ =]", line)[0]
         shown = re.fullmatch(rf"{script.name}\.py: [^\n]*{flag}\b[^\n]*\n", result.stderr)
-        if not shown or result.returncode != 2 or result.stdout or snapshot(tmp_path):
+        said = re.sub(".* left out, .*\n", "", result.stdout)  # of prompts
+        if not shown or result.returncode != 2 or said or snapshot(tmp_path):
             wrong.append((line, result.returncode, result.stderr[-200:]))
             shutil.rmtree(tmp_path)
             tmp_path.mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.outside import NASTY, README, ROOT, equal_weights, metrics, refusal, snapshot, timeless
+from cli.outside import NASTY, README, ROOT, equal_weights, metrics, snapshot, timeless
 
 SCRIPT = "graph_gpo"
 
@@ -56,6 +56,26 @@ class Exam(Walk):
         return super().reset(seed=seed, options=options)
     def step(self, action):
         return "There.", 0.0 if self.exam else 1.0, True, False, {}
+
+class Flaky(Walk):
+    """The seventh step of training fails."""
+    count = 0
+    def reset(self, seed, options):
+        self.training = not options["held_out"]
+        return super().reset(seed=seed, options=options)
+    def step(self, action):
+        Flaky.count += self.training
+        if self.training and Flaky.count == 7:
+            raise IndexError("no such\\nplace")
+        return super().step(action)
+
+class Unseeded(Walk):
+    """Each of its episodes has a goal of its own, whatever the seed."""
+    count = 0
+    def reset(self, seed, options):
+        Unseeded.count += 1
+        self.goal = 2 + Unseeded.count % 3
+        return super().reset(seed=seed, options=options)
 
 class Odd:
     """For a policy that writes whatever it likes: an action of odd length is right, another is not
@@ -283,6 +303,23 @@ def test_what_a_world_is_asked(run, walk, worlds, out, tmp_path):
     assert "SUCCESS<br>d = 0" in (out / "graph.md").read_text()
 
 
+def test_a_world_that_fails_in_a_step(run, walk, worlds, out):
+    result = run.well(f"{walk[1]} --env {worlds}/my.py:Flaky --out out --steps 2")
+    errors = [row.get("world_errors", 0) for row in metrics(out, "train")]
+    assert errors == [1, 0]
+    assert "world_errors" in README
+    (line,) = re.findall(r"[^\r\n]*IndexError[^\r\n]*", result.stderr)
+    assert re.search(r"failed at '\w*.*': IndexError: no such", line)
+    assert "Traceback" not in result.stderr and "IndexError" not in result.stdout
+
+
+def test_a_world_that_does_not_obey_the_seed(run, walk, worlds):
+    result = run(f"{walk[1]} --env {worlds}/my.py:Unseeded --out out")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert re.match(r"graph_gpo\.py: --env.* seed", last) and len(last) < 500
+
+
 def test_success_is_measured_on_held_out_tasks_only(run, walk, worlds, out):
     run.well(f"{walk[1]} --env {worlds}/my.py:Exam --out out")
     before, row, after = metrics(out)
@@ -318,11 +355,9 @@ def test_a_chat_model_in_a_world_of_nasty_texts(run, files, worlds, out):
         assert min(kinds[True], default=9) > max(kinds[False], default=-9)
 
 
-def test_the_world_of_the_readme(run, out, tmp_path):
-    (world,) = re.findall(r"```python\n(import random\n\nclass Line:.*?)```", README, re.DOTALL)
-    (line,) = re.findall(r"`python graph_gpo.py (--env line.py:Line .*?)`", README)
-    (tmp_path / "line.py").write_text(world)
-    run.well(f"{line} --out out")
+def test_the_world_of_the_readme(run, out):
+    (line,) = re.findall(r"`python graph_gpo.py (--env envs/line.py:Line .*?)`", README)
+    run.well(f"{line.replace('envs', str(ROOT / 'envs'))} --out out")
     before, after = metrics(out, "eval")
     assert after["success"] > before["success"] + 0.2
 
@@ -355,17 +390,21 @@ BAD_WORLDS = [
     ("my.py:Untrained", "no games to train on"), (":Walk", "NAME"), ("my.py:", "NAME"),
     ("my.py::", "NAME"), ("my:Walk", "NAME"), ("folder.py:World", "folder.py"),
     ("my.py:Walk:three", "three"), ("my.py:Walk:", "int()"), ("my.py:NASTY", "callable"),
-    ("my.py:json", "callable"), ("my.py:Taskless", "task"), ("my.py:Bare", "NAME"),
+    ("my.py:json", "callable"), ("my.py:Taskless", "task"), ("my.py:Bare", "TypeError"),
     ("my.py:Needy", "argument"), ("zeros.py:World", "NAME"), ("picture.py:World", "NAME"),
-    ("empty.py:World", "World"), ("my.py:Taught", "--model"), ("my.py:Odd", "--model"),
-    ("my.py:Wordless", "words"), ("later.py:World", "--model"),  # worlds, but without demonstrators
+    ("empty.py:World", "World"), ("my.py:Taught", "no words"), ("my.py:Odd", "no words"),
+    ("my.py:Wordless", "words"), ("later.py:World", "demonstrate"),  # worlds, but without demonstrators
 ]
 # fmt: on
 
 
 def test_bad_worlds(run, worlds, tmp_path):
+    wrong = []
     for world, words in BAD_WORLDS:
-        message = refusal(run(f"--env {worlds}/{world}"))
-        assert message.startswith("graph_gpo.py: --env "), world
-        assert words in message, world
-    assert not snapshot(tmp_path)
+        result = run(f"--env {worlds}/{world}")
+        good = re.fullmatch(
+            rf"graph_gpo\.py: --(env|model)[^\n]*{re.escape(words)}[^\n]*\n", result.stderr
+        )
+        if not good or result.returncode != 2 or result.stdout or snapshot(tmp_path):
+            wrong.append((world, words, result.returncode, result.stderr[-300:]))
+    assert wrong == []

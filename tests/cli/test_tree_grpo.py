@@ -4,11 +4,12 @@ import re
 
 import pytest
 import torch
-from test_tasks import hit, send, serve  # noqa: F401
+from questions import Questions
+from test_questions import hit, send, serve  # noqa: F401
 
 import tree_grpo
-from cli.outside import are_chains, draw_tree, metrics
-from tree_grpo import Agent, Args, read_questions
+from cli.outside import README, ROOT, are_chains, draw_tree, metrics
+from tree_grpo import Agent, Args
 
 SCRIPT = "tree_grpo"
 
@@ -35,7 +36,7 @@ def test_the_sizes_of_trees(script, run, whole, out, line, most):
 def test_a_run_on_musique(run, files, out):
     line = f"--model {files / 'chat'} --data {files / 'musique.jsonl'} --steps 1 --prompts 2"
     result = run.well(f"{line} --max-turns 2 --turn-tokens 8 --out out")
-    assert "4 questions to train on, 2 held out" in result.stdout
+    assert "4 questions, 2 held out" in result.stdout
     _, _, leaves = draw_tree(out)
     assert len(leaves) == 6
 
@@ -57,16 +58,24 @@ def test_a_run_with_a_search_server(run, whole, files, out, serve):  # noqa: F81
 def test_limits_of_a_model_that_is_given(run, whole, out):
     run.well(f"--steps 0 --eval-prompts 2 --model {whole / 'start'} --out out")
     args = torch.load(out / "checkpoint-000000" / "state.pt", weights_only=True)["args"]
-    assert (args["lr"], args["turn_tokens"], args["topk"]) == (1e-6, 500, 1)
+    assert (args["lr"], args["turn_tokens"]) == (1e-6, 500)
 
 
 def test_the_chat_template_makes_the_prompt(files):
     model, tokenizer = tree_grpo.load_model(str(files / "chat"), torch.device("cpu"))
     args = Args(data=str(files / "hotpot.json"), max_turns=3)
-    question = read_questions(args.data)[0]
-    root = Agent(model, tokenizer, args, [], []).root(question)
+    task = Questions(args)
+    question = task.training[0]
+    root = Agent(model, tokenizer, args, task).root(question)
     prompt = tokenizer.decode(root.tokens)
     assert prompt.startswith("<|im_start|>user\nAnswer the question.")
     assert prompt.endswith(f"{question.text}<|im_end|>\n<|im_start|>assistant\n")
     assert "<search>" in prompt
     assert "3 turns" in prompt
+
+
+def test_the_task_of_the_readme(run, out):
+    (line,) = re.findall(r"`python tree_grpo.py (--env envs/boxes.py:Boxes .*?)`", README)
+    run.well(f"{line.replace('envs', str(ROOT / 'envs'))} --out out")
+    before, after = metrics(out, "eval")
+    assert after["success"] > before["success"] + 0.2

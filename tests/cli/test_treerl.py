@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from problems import Problem, Problems
+from sums import Sums
 
 import treerl
 from cli.outside import are_chains, draw_tree, metrics
-from treerl import Args, Problem, Solver
+from treerl import Args, Solver
 
 SCRIPT = "treerl"
 
@@ -65,7 +67,7 @@ def test_data_files(run, files, out, name):
         pytest.importorskip("math_verify")
     line = f"--model {files / 'chat'} --data {files / name} --steps 1 --prompts 2 --M 3"
     result = run.well(f"{line} --max-tokens 16 --out out")
-    assert "4 problems to train on, 2 held out" in result.stdout
+    assert "4 problems, 2 held out" in result.stdout
     (step,) = metrics(out, "train")
     # No solution is longer than --max-tokens.
     assert 0 < step["generated_tokens"] <= 2 * 3 * (1 + 2 * 1 * 2) * 16
@@ -75,9 +77,10 @@ def test_data_files(run, files, out, name):
 def test_the_prompt(files, whole):
     problem = Problem("What is 2 + 2?\n", "4")
 
-    def prompt(folder, **given):
+    def prompt(folder, data=None):
         model, tokenizer = treerl.load_model(str(folder), torch.device("cpu"))
-        solver = Solver(model, tokenizer, Args(**given), [], [])
+        args = Args(data=str(files / data), eval_prompts=1) if data else Args(eval_prompts=1)
+        solver = Solver(model, tokenizer, args, Problems(args) if data else Sums(args))
         return tokenizer.decode(solver.root(problem).tokens)
 
     asked = prompt(files / "chat")
