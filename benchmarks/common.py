@@ -1,8 +1,8 @@
-"""What the benchmarks share: statistics, tables, and a training step's parts outside of train()."""
+"""What the benchmarks share: statistics, tables, runs of the scripts, and a training step's parts outside of train()."""
 
+import argparse
 import contextlib
 import functools
-import io
 import json
 import multiprocessing
 import os
@@ -12,8 +12,11 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+ENVS, RESULTS = ROOT / "envs", ROOT / "benchmarks" / "results"
+sys.path[:0] = [str(ROOT), str(ENVS)]
 
 import torch
 
@@ -21,26 +24,38 @@ import graph_gpo
 import tree_grpo
 import treerl
 
-RESULTS = Path(__file__).resolve().parent / "results"
+CPU = torch.device("cpu")
 SCRIPTS = {"tree_grpo": tree_grpo, "treerl": treerl, "graph_gpo": graph_gpo}
+ACTORS = {tree_grpo: tree_grpo.Agent, treerl: treerl.Solver, graph_gpo: graph_gpo.Player}
 # What the scripts' main() sets where no --model is given.
 TINY = {
-    tree_grpo: {"topk": 1, "turn_tokens": 32},
-    treerl: {"max_tokens": 64},
-    graph_gpo: {"max_tokens": 8},
+    tree_grpo: {"env": f"{ENVS}/facts.py:Facts", "turn_tokens": 32},
+    treerl: {"env": f"{ENVS}/sums.py:Sums", "max_tokens": 64},
+    graph_gpo: {"env": f"{ENVS}/house.py:House", "max_tokens": 8},
 }
 
 
-# ---------------------------------------------------------------------------- results and statistics
+# ------------------------------------------------------------------------------------------ results and statistics
+def parser(doc: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def read_rows(path: Path | str) -> list[dict]:
     """The lines of a file, of results/ if only its name is given; none if it is not there."""
     path = RESULTS / path
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def table(head: tuple, rows: list) -> str:
+def write_rows(path: Path, rows: list[dict], mode: str = "w") -> None:
+    with open(path, mode) as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def table(head, rows: list) -> str:
+    """Markdown. head: the columns' titles, or a text that has "|" between them."""
+    head = head.split("|") if isinstance(head, str) else head
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def error(values: list[float]) -> float:
@@ -65,22 +80,21 @@ def interval(values: list[float], sign: str = "") -> str:
 
 
 def detectable(values: list[float]) -> float:
-    """The true mean that a test at the 5 % level finds in 80 % of such experiments (by quantiles of
-    Student's t: about 5 % too small for 3 values, 1 % for 5)."""
+    """The true mean that a test at the 5 % level finds in 80 % of such experiments (by quantiles of Student's t: about
+    5 % too small for 3 values, 1 % for 5)."""
     return (quantile(values, 0.975) + quantile(values, 0.8)) * error(values)
 
 
 def rank_test(values: list[float]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test of a median of 0, exact up to 17 values: unlike
-    the interval it does not suppose that differences are normal."""
+    """Two-sided p of Wilcoxon's signed-rank test of a median of 0, exact up to 17 values: unlike the interval it does
+    not suppose that differences are normal."""
     from scipy import stats
 
     return float(stats.wilcoxon(values, method=stats.PermutationMethod(n_resamples=2**17)).pvalue)
 
 
 def paired(gaps: list[float]) -> list[str]:
-    """Of paired differences four cells: mean and interval, how often positive, p of the rank test,
-    detectable mean."""
+    """Of paired differences four cells: mean and interval, how often positive, p of the rank test, detectable mean."""
     ahead = f"{sum(gap > 0 for gap in gaps)} of {len(gaps)}"
     return [interval(gaps, "+"), ahead, f"{rank_test(gaps):.3f}", f"{detectable(gaps):.3f}"]
 
@@ -94,63 +108,59 @@ def pyplot():
     return matplotlib.pyplot
 
 
-def draw_band(axis, x: list[float], curves: list[list[float]], **how) -> None:
-    """Mean of the curves, and its 95 % interval."""
-    mean = [statistics.mean(values) for values in zip(*curves)]
-    half = [half_width(values) for values in zip(*curves)]
-    axis.plot(x, mean, **how)
-    low = [m - h for m, h in zip(mean, half)]
-    high = [m + h for m, h in zip(mean, half)]
-    axis.fill_between(x, low, high, color=how["color"], alpha=0.12, linewidth=0)
-
-
-# ----------------------------------------------------------------------------------------------- runs
-def in_processes(function, jobs: list, processes: int) -> list:
-    """function(job) of each job, each in a process of its own, so many side by side."""
+# ------------------------------------------------------------------------------------------------------------- runs
+def in_processes(function, jobs: list, processes: int, most: int | None = 1) -> list:
+    """function(job) of each job in processes of one thread, so many side by side, each for so many jobs at most."""
     if not jobs:
         return []
-    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+    one = {"initializer": torch.set_num_threads, "initargs": (1,), "maxtasksperchild": most}
+    with multiprocessing.get_context("spawn").Pool(processes, **one) as pool:
         return list(tree_grpo.tqdm(pool.imap(function, jobs), total=len(jobs)))
 
 
 @contextlib.contextmanager
 def quietly():
     """A temporary folder; nothing is printed meanwhile."""
-    with contextlib.ExitStack() as stack:
-        null = stack.enter_context(open(os.devnull, "w"))
-        stack.enter_context(contextlib.redirect_stderr(null))
-        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        yield Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    errors, printed = contextlib.redirect_stderr, contextlib.redirect_stdout
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as null, errors(null), printed(null):
+        yield Path(folder)
 
 
 def flags(arguments: dict) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in arguments.items()]
 
 
+def run_script(script, out: Path | str, arguments: list, **replaced) -> list[dict]:
+    """The rows of metrics.jsonl of a run, in which parts of the script are replaced."""
+    with mock.patch.multiple(script, catch_signals=list, **replaced):  # Ctrl-C ends all runs, at once
+        script.main([*map(str, arguments), f"--out={out}"])
+    return read_rows(Path(out, "metrics.jsonl").resolve())
+
+
 def tiny_args(script, **changes):
     """Arguments as the default run has them, in float32."""
-    usual = {"lr": 5e-4, "dtype": "float32", "device": "cpu", **TINY[script]}
-    return script.Args(**{**usual, **changes})
+    return script.Args(**{"lr": 5e-4, "dtype": "float32", "device": "cpu", **TINY[script], **changes})
 
 
-def warm_started(script, args, make_env=graph_gpo.House):
+def task_of(script, args):
+    """What --env names: a task, or of graph_gpo.py a function that makes a world."""
+    make, text = script.load_named("--env", args.env)
+    return functools.partial(make, *text) if script is graph_gpo else make(args, *text)
+
+
+def warm_started(script, args) -> tuple:
     """The tiny model and its tokenizer."""
-    device = torch.device(args.device)
-    worlds = [make_env] if script is graph_gpo else []
-    return script.built_in_model(args, *worlds, device)
+    return script.load_beside("tiny.py")(script, args, task_of(script, args), torch.device(args.device))
 
 
-def actor_of(script, model, tokenizer, args, make_env=graph_gpo.House):
-    """A script's Agent, Solver or Player, for its built-in task."""
-    if script is graph_gpo:
-        return graph_gpo.Player(model, tokenizer, args, make_env)
-    actor = script.Agent if script is tree_grpo else script.Solver
-    return actor(model, tokenizer, args, [], [])
+def actor_of(script, model, tokenizer, args):
+    """A script's Agent, Solver or Player."""
+    return ACTORS[script](model, tokenizer, args, task_of(script, args))
 
 
 def rollouts(script, actor, step) -> tuple[list, Counter]:
-    """What train() samples in a step, pairs of problem and root or tasks, and its counts. `step`
-    may be a text, for a batch that no training step has."""
+    """What train() samples in a step, pairs of problem and root or tasks, and its counts. `step` may be a text, for a
+    batch that no training step has."""
     args, counts = actor.args, Counter()
     rng = random.Random(f"{args.seed}/{step}")
     generator = torch.Generator(actor.model.device).manual_seed(rng.getrandbits(60))
@@ -158,8 +168,7 @@ def rollouts(script, actor, step) -> tuple[list, Counter]:
         seeds = [rng.getrandbits(32) for _ in range(args.tasks)]
         return actor.play(seeds, args.K, generator, args.temperature, counts), counts
     play = functools.partial(actor.play, (generator, args.temperature, args.top_p, counts))
-    problems = actor.questions if script is tree_grpo else actor.problems
-    found = [(problem, actor.root(problem)) for problem in problems(step, rng)]
+    found = [(problem, actor.root(problem)) for problem in script.batch_of(actor.task, step, args, rng)]
     if script is tree_grpo:
         tree_grpo.tree_search(play, found, args.M, args.N, args.L, rng)
     else:
@@ -175,14 +184,17 @@ def credits(script, found: list, args, step) -> list:
     groups, rng = [], random.Random(f"{args.seed}/{step}/keep")
     for _, root in found:
         leaves, A = script.credit(root, args, rng)
-        A = A[:, None] if A.dim() == 1 else A
-        groups.append(script.Group(root, leaves, A, 1 / len(leaves) / len(found)))
+        groups.append(script.Group(root, leaves, A.view(len(leaves), -1), 1 / len(leaves) / len(found)))
     return groups
 
 
+def signal(groups: list) -> float:
+    """Share of the sequences that have an advantage."""
+    return torch.cat([group.advantages.abs().amax(1) > 0 for group in groups]).double().mean().item()
+
+
 def per_group(groups: list):
-    """A function (values (n,), how) -> for each value "sum", "mean", "amin" or "amax" of its group's
-    values, (n,)."""
+    """A function (values (n,), how) -> for each value "sum", "mean", "amin" or "amax" of its group's values, (n,)."""
     number = {}
     index = torch.tensor([number.setdefault(group, len(number)) for group in groups])
 

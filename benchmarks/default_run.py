@@ -24,22 +24,20 @@ import random
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from unittest import mock
 
-from common import RESULTS, SCRIPTS, pyplot, read_rows, table, tree_grpo
+import common
+from common import SCRIPTS, pyplot, read_rows, run_script, table, tree_grpo, write_rows
 
 
 def run(script, *arguments) -> tuple[list[dict], float]:
     """(rows of metrics.jsonl, seconds of wall time) of one run of the script."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         began = time.perf_counter()
-        with mock.patch.object(script, "catch_signals", list):  # Ctrl-C ends all runs, at once
-            script.main(["--out", f"{folder}/run", *map(str, arguments)])
-        return read_rows(Path(folder, "run", "metrics.jsonl")), time.perf_counter() - began
+        return run_script(script, f"{folder}/run", arguments), time.perf_counter() - began
 
 
-# --------------------------------------------------------------------------------------- the controls
+# ---------------------------------------------------------------------------------------------------- the controls
 def shuffled_advantages(credit):
     """tree_grpo.credit with a prompt's advantages dealt out at random among its leaves."""
 
@@ -92,67 +90,58 @@ def default_runs(name: str, seeds: list[int], controls: int, arguments: list[str
         print(json.dumps({"seed": seed, method: rows[-1]}), flush=True)
         if number >= controls:
             continue
-        # What is not learning is the warm start, which takes its time in proportion to its steps,
-        # and two evaluations.
+        # What is not learning is the warm start, which takes its time in proportion to its steps, and two evaluations.
         more = round(sft_steps * (1 + learning / max(1e-9, wall - learning)))
         results["supervised"].append(run(script, *fixed, "--steps", 0, "--sft-steps", more))
         with mock.patch.object(script, part, shuffled(getattr(script, part))):
             results["shuffled"].append(run(script, *fixed))
-    warm = [rows[0] for rows, _ in results[method]]  # that all three arms begin with
-    lines = []
+    warm, lines = [rows[0] for rows, _ in results[method]], []  # all three arms begin with the warm start
     for arm, runs in results.items():
         columns = []
         for seed, before, (rows, wall) in zip(seeds, warm, runs):
-            names = ("success", "greedy_success")
-            ends = [row[column] for column in names for row in (before, rows[-1])]
+            ends = [row[column] for column in ("success", "greedy_success") for row in (before, rows[-1])]
             columns.append([*ends, wall])
-            lines.append([arm, str(seed), *(f"{x:.3f}" for x in ends), f"{wall:.0f}"])
+            lines.append([arm, seed, *(f"{x:.3f}" for x in ends), f"{wall:.0f}"])
         if len(columns) > 1:
             *success, seconds = zip(*columns)
             spread = [f"{statistics.mean(c):.3f} ± {statistics.stdev(c):.3f}" for c in success]
             lines.append([arm, "mean ± std", *spread, f"{statistics.mean(seconds):.0f}"])
             lines.append([arm, "range", *(f"{min(c):.3f} to {max(c):.3f}" for c in success), ""])
-    head = ("arm", "seed", "sampled before", "after", "greedy before", "after", "seconds")
-    print("\n" + table(head, lines))
+    print("\n" + table("arm|seed|sampled before|after|greedy before|after|seconds", lines))
 
 
-# ------------------------------------------------------------------------------------------- collapse
+# -------------------------------------------------------------------------------------------------------- collapse
 RUNS = {"lr 5e-4, seed 0": []}
-for seed in range(3):
-    RUNS[f"lr 6e-3, seed {seed}"] = ["--lr=0.006", f"--seed={seed}"]
-COLUMNS = {
-    "success": "success in training",
-    "entropy": "entropy",
-    "kl": "KL",
-    "grad_norm": "gradient norm",
+RUNS |= {f"lr 6e-3, seed {seed}": ["--lr=0.006", f"--seed={seed}"] for seed in range(3)}
+COLUMNS = {  # title and unit
+    "success": ("success in training", "share of leaves"),
+    "entropy": ("entropy", "nats per token"),
+    "kl": ("KL", "nats per token"),
+    "grad_norm": ("gradient norm", ""),
 }
-UNITS = ("share of leaves", "nats per token", "nats per token", "")
 SHOWN = (1, 5, 10, 15, 20, 30, 60)
 
 
 def collapse() -> None:
-    """Runs what is missing: each of COLUMNS over the steps, and held-out success at T = 1, pairs of
-    step and share."""
-    for name in RUNS.keys() - {row["run"] for row in read_rows("collapse.jsonl")}:
+    """Runs what is missing: each of COLUMNS over the steps, and held-out success at T = 1, pairs of step and share."""
+    there = {row["run"] for row in read_rows("collapse.jsonl")}
+    for name in [name for name in RUNS if name not in there]:
         rows, _ = run(tree_grpo, *RUNS[name], "--eval-every", 10, "--device", "cpu")
         steps = [row for row in rows if row["event"] == "train"]
         found = {column: [round(row[column], 4) for row in steps] for column in COLUMNS}
         evals = [(row["step"], row["success"]) for row in rows if row["event"] == "eval"]
-        with open(RESULTS / "collapse.jsonl", "a") as file:
-            file.write(json.dumps({"run": name, **found, "held_out": evals}) + "\n")
+        write_rows(common.RESULTS / "collapse.jsonl", [{"run": name, **found, "held_out": evals}], "a")
     print(collapse_table())
     figure, axes = pyplot().subplots(2, 2, figsize=(10, 5.6), sharex=True, layout="constrained")
-    for axis, unit, (column, title) in zip(axes.flat, UNITS, COLUMNS.items()):
+    for axis, (column, (title, unit)) in zip(axes.flat, COLUMNS.items()):
         for found in read_rows("collapse.jsonl"):
             color = "black" if "5e-4" in found["run"] else None
-            steps = range(1, 1 + len(found[column]))
-            axis.plot(steps, found[column], label=found["run"], color=color)
-        axis.set_title(title)
-        axis.set_ylabel(unit)
+            axis.plot(range(1, 1 + len(found[column])), found[column], label=found["run"], color=color)
+        axis.set(title=title, ylabel=unit)
     for axis in axes[1]:
         axis.set_xlabel("step")
     axes[0, 1].legend()
-    figure.savefig(RESULTS / "collapse.png", dpi=100)
+    figure.savefig(common.RESULTS / "collapse.png", dpi=100)
 
 
 def collapse_table() -> str:
@@ -163,20 +152,16 @@ def collapse_table() -> str:
         for step in SHOWN:
             success, entropy, kl, norm = (found[column][step - 1] for column in COLUMNS)
             cells = f"{success:.2f}", f"{entropy:.3f}", f"{kl:.2f}", f"{norm:.2f}"
-            lines.append([found["run"], str(step), *cells, held_out.get(step, "")])
-    return table(("run", "step", *COLUMNS.values(), "held-out success"), lines)
+            lines.append([found["run"], step, *cells, held_out.get(step, "")])
+    return table(("run", "step", *(title for title, _ in COLUMNS.values()), "held-out success"), lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("what", choices=[*METHODS, "collapse"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(10)))
     parser.add_argument("--controls", type=int, default=5, help="the first so many seeds have them")
-    parser.add_argument(
-        "--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script"
-    )
+    parser.add_argument("--arguments", nargs=argparse.REMAINDER, default=[], help="passed on to the script")
     options = parser.parse_args()
     if options.what == "collapse":
         return collapse()

@@ -16,28 +16,14 @@ The arm "inter" is the tree without A_intra; in TreeRL "all leaves" trains on al
 outcome, leave-one-out, to all of its tokens instead of R(s).
 """
 
-import argparse
 import dataclasses
-import os
 import statistics
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
-
+import common
 import torch
 import torch.nn.functional as F
-from common import (
-    SCRIPTS,
-    actor_of,
-    credits,
-    in_processes,
-    interval,
-    quietly,
-    rank_test,
-    rollouts,
-    table,
-    treerl,
-)
-from learning import EXPERIMENTS, arm_of, budgeted_run, task_of, tree_arms, warm_start
+from common import CPU, SCRIPTS, actor_of, credits, in_processes, interval, quietly, rank_test, rollouts, table, treerl
+from learning import EXPERIMENTS, arm_of, budgeted_run, warm_start
 
 BATCHES, REFERENCE = 32, 48
 CHAINS = {"tree_grpo": "chains", "treerl": "18 chains"}
@@ -53,87 +39,79 @@ def gradient(script, model, groups: list) -> torch.Tensor:
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
 
+def outcomes(root) -> dict:
+    """Each leaf's reward less the mean of the others'."""
+    leaves = root.leaves()
+    return dict(zip(leaves, treerl.leave_one_out(torch.tensor([leaf.reward for leaf in leaves]))))
+
+
 def leave_one_out(script, found: list) -> list:
-    """REINFORCE: each sampled token carries its leaf's reward less the mean of the others, and
-    tokens are summed, for which the loss, a mean over them, needs their number."""
+    """REINFORCE: each sampled token carries its leaf's outcome, and tokens are summed, for which the loss, a mean over
+    them, needs their number."""
     groups = []
     for _, root in found:
-        leaves = root.leaves()
-        A = treerl.leave_one_out(torch.tensor([leaf.reward for leaf in leaves]))
-        sizes = [sum(len(node.logps) for node in leaf.path()) for leaf in leaves]
-        A = (A * torch.tensor(sizes))[:, None]
-        groups.append(script.Group(root, leaves, A.float(), 1 / len(leaves) / len(found)))
+        A = [a * sum(len(node.logps) for node in leaf.path()) for leaf, a in outcomes(root).items()]
+        groups.append(script.Group(root, root.leaves(), torch.stack(A)[:, None].float(), 1 / len(A) / len(found)))
     return groups
 
 
 def with_outcomes(groups: list) -> list:
-    """Each leaf's leave-one-out reward in the place of its path's R(s)."""
+    """Each leaf's outcome in the place of its path's R(s)."""
     changed = []
     for group in groups:
-        leaves = group.root.leaves()
-        A = treerl.leave_one_out(torch.tensor([leaf.reward for leaf in leaves]))
-        of = dict(zip(leaves, A.float()))
-        rows = torch.stack([of[leaf] for leaf in group.leaves])[:, None]
+        of = outcomes(group.root)
+        rows = torch.stack([of[leaf] for leaf in group.leaves])[:, None].float()
         changed.append(group._replace(advantages=rows))
     return changed
 
 
 def arms_of(name: str, arms: dict[str, str]) -> dict[str, str]:
     if EXPERIMENTS[name].script == "tree_grpo":
-        return {**arms, **tree_arms(2, 4, 6, "inter")}
+        return {**arms, "inter": f"{arms['tree']} --advantage=inter"}
     tree = arms["6,2,1,2"]
     return {**arms, "6,2,1,2, all leaves": f"{tree} --keep=30", "6,2,1,2, outcomes": tree}
 
 
 def measure(job: tuple) -> list[tuple]:
-    """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0,
-    reference."""
+    """Of one setting, seed and policy, per arm: alignment, agreement, share of leaves with A != 0, reference."""
     name, setting_name, seed, learned = job
     experiment = EXPERIMENTS[name]
     script, setting = SCRIPTS[experiment.script], experiment.settings[setting_name]
-    torch.set_num_threads(1)
-    with quietly() as folder, task_of(setting):
-        common, path = warm_start(script, setting, seed, folder), folder / "start"
+    with quietly() as folder:
+        shared, path = warm_start(script, setting, seed, folder), folder / "start"
         chains = setting.arms[CHAINS[experiment.script]]
         if learned:
-            own = [*chains.split(), f"--steps={learned}", "--eval-prompts=1", "--eval-every=0"]
-            arguments = [*common, *own, f"--seed={seed}", f"--out={folder}/run"]
-            budgeted_run(script, arguments, setting.budget, setting.counted)
+            own = [*chains.split(), f"--steps={learned}", "--eval-prompts=1", "--eval-every=0", f"--seed={seed}"]
+            budgeted_run(script, folder / "run", [*shared, *own], setting.budget, setting.counted)
             path = folder / "run" / "final"
-        model, tokenizer = script.load_model(str(path), torch.device("cpu"))
+        model, tokenizer = script.load_model(str(path), CPU)
 
         def actor(told: str, **changes):
-            args, _ = script.parse_args(script.Args, [*common, *told.split()])
+            args, _ = script.parse_args(script.Args, [*shared, *told.split()])
             return actor_of(script, model, tokenizer, dataclasses.replace(args, **changes))
 
         many, halves = actor(chains, M=8, N=0, temperature=1.0, top_p=1.0, seed=seed), [0.0, 0.0]
         for step in range(REFERENCE):
             found, _ = rollouts(script, many, f"reference {step}")
-            halves[step % 2] = halves[step % 2] + gradient(
-                script, model, leave_one_out(script, found)
-            )
+            halves[step % 2] = halves[step % 2] + gradient(script, model, leave_one_out(script, found))
         reference = F.cosine_similarity(*halves, dim=0).item()
         truth, rows = F.normalize(sum(halves), dim=0), []
         for arm, told in arms_of(name, setting.arms).items():
-            chain = {"N": 0} if "--method" in told else {}
-            one = actor(told, seed=seed, **chain)
+            one = actor(told, seed=seed, **({"N": 0} if "--method" in told else {}))
             gradients, signal = [], []
             with arm_of(name, arm):
                 _, counts = rollouts(script, one, "price")
-                one.args.prompts = round(
-                    setting.budget * one.args.prompts / counts[setting.counted]
-                )
+                one.args.prompts = round(setting.budget * one.args.prompts / counts[setting.counted])
                 for step in range(BATCHES):
                     found, _ = rollouts(script, one, f"batch {step}")
                     groups = credits(script, found, one.args, step)
                     groups = with_outcomes(groups) if "outcomes" in arm else groups
                     gradients.append(gradient(script, model, groups))
-                    A = torch.cat([group.advantages.abs().amax(1) for group in groups])
-                    signal.append((A > 0).double().mean().item())
+                    signal.append(common.signal(groups))
             unit = F.normalize(torch.stack(gradients), dim=1)
             agreement = (unit @ unit.T).triu(1).sum() / (BATCHES * (BATCHES - 1) / 2)
             marks = (unit @ truth).mean().item(), agreement.item(), statistics.mean(signal)
-            rows.append((setting_name, learned, arm, *marks, reference))
+            rows.append((name, setting_name, learned, arm, *marks, reference))
     return rows
 
 
@@ -144,9 +122,7 @@ def policies(name: str, setting: str) -> tuple[int, ...]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     of = [name for name, what in EXPERIMENTS.items() if what.script != "graph_gpo"]
     parser.add_argument("experiments", nargs="*", help=f"of {', '.join(of)} (default: not treerl)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202])
@@ -155,32 +131,30 @@ def main() -> None:
     names = options.experiments or of[:-1]
     if unknown := set(names) - set(of):
         parser.error(f"no such experiment: {', '.join(unknown)}")
-    settings = []
-    for name in names:
-        for setting in EXPERIMENTS[name].settings:
-            settings += [(name, setting, learned) for learned in policies(name, setting)]
+    settings = [
+        (name, setting, learned)
+        for name in names
+        for setting in EXPERIMENTS[name].settings
+        for learned in policies(name, setting)
+    ]
     jobs = [(name, key, seed, learned) for name, key, learned in settings for seed in options.seeds]
-    rows = [row for part in in_processes(measure, jobs, options.processes) for row in part]
-    lines = []
-    for name, setting, learned in settings:
-        found = {}
+    found, lines = {key: {} for key in settings}, []
+    for rows in in_processes(measure, jobs, options.processes):
         for *key, arm, alignment, agreement, signal, reference in rows:
-            if key == [setting, learned]:
-                found.setdefault(arm, []).append((alignment, agreement, signal, reference))
-        chains = [marks[0] for marks in found[CHAINS[EXPERIMENTS[name].script]]]
-        for arm, marks in found.items():
+            found[tuple(key)].setdefault(arm, []).append((alignment, agreement, signal, reference))
+    for (name, setting, learned), arms in found.items():
+        chains = [marks[0] for marks in arms[CHAINS[EXPERIMENTS[name].script]]]
+        for arm, marks in arms.items():
             alignment, agreement, signal, reference = zip(*marks)
-            ratio = [a / c for a, c in zip(alignment, chains)]
-            cells = [setting or name, f"after {learned} updates" if learned else "warm start", arm]
-            cells += [interval(alignment), interval(ratio), "", "", interval(agreement)]
+            ratio, tested = [a / c for a, c in zip(alignment, chains)], ["", ""]
             if set(ratio) != {1.0}:
-                each = ", ".join(f"{r:.2f}" for r in ratio)
-                cells[5:7] = f"{rank_test([r - 1 for r in ratio]):.3f}", each
-            means = f"{statistics.mean(signal):.0%}", f"{statistics.mean(reference):.3f}"
-            lines.append([*cells, *means])
+                tested = f"{rank_test([r - 1 for r in ratio]):.3f}", ", ".join(f"{r:.2f}" for r in ratio)
+            policy = f"after {learned} updates" if learned else "warm start"
+            cells = [setting or name, policy, arm, interval(alignment), interval(ratio), *tested, interval(agreement)]
+            lines.append([*cells, f"{statistics.mean(signal):.0%}", f"{statistics.mean(reference):.3f}"])
     print(f"Mean ± half of the 95 % interval over seeds {', '.join(map(str, options.seeds))}.\n")
     head = "setting|policy|arm|alignment|/ chains|p|each seed|agreement|leaves with A ≠ 0|reference"
-    print(table(head.split("|"), lines))
+    print(table(head, lines))
 
 
 if __name__ == "__main__":

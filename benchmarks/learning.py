@@ -15,9 +15,9 @@ main, budget, observations, hops, where: tree_grpo.py. "tree" is Tree-GRPO (M = 
 GRPO with about as many generated tokens per prompt (4 chains, a tenth fewer); "group" is GRPO with as many leaves per
 prompt (6 chains); "intra" is the tree without A_inter; "learned" is the tree with forks where rewards have differed so
 far in the run (Learned, of when_trees_pay.py). The advantages of "tree" are sums of two z-scores, of a larger scale
-than those of the others. In "error last" (late, of released.py) the last fact lists former values too. In "where" each
-question has three hops, so four turns, and the warm-started model is right in all of them but one, the first, the third
-or the last.
+than those of the others. In "error last" (Late, of hard_questions.py) the last fact lists former values too. In "where"
+each question has three hops, so four turns, and the warm-started model is right in all of them but one, the first, the
+third or the last.
 
 treerl: "6,2,1,2" is TreeRL with these M, N, L, T, 16 of 30 leaves trained on; "2,2,2,2" a cheaper tree, 16 of 18; "18
 chains" and "9 chains" are ChainRL with about as many generated tokens per prompt, all trained on; "random" is the first
@@ -28,12 +28,8 @@ house, sokoban: graph_gpo.py, the three methods, from each of two warm starts. R
 whatever their start: they are averaged over the starts, and intervals and tests are over seeds, for these two starts.
 """
 
-import argparse
 import contextlib
-import functools
 import itertools
-import json
-import os
 import random
 import statistics
 import time
@@ -42,34 +38,14 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two runs share the machine
-
+import common
 import released
 import torch
-from common import (
-    RESULTS,
-    SCRIPTS,
-    TINY,
-    draw_band,
-    flags,
-    graph_gpo,
-    in_processes,
-    interval,
-    paired,
-    per_group,
-    pyplot,
-    quietly,
-    read_rows,
-    rollouts,
-    table,
-    tiny_args,
-    tree_grpo,
-    treerl,
-    warm_started,
-)
+from common import ROOT, SCRIPTS, flags, graph_gpo, interval, paired, read_rows, table, tiny_args, tree_grpo, treerl
+from when_trees_pay import Learned
 
-LEARNED = (("learned", "chains"), ("learned", "tree"))
 COLORS = ("tab:green", "tab:blue", "tab:orange", "tab:red", "tab:purple")
+FILES = {name: f"learning{'' if name == 'tree_grpo' else f'_{name}'}.jsonl" for name in SCRIPTS}
 
 
 class Setting(NamedTuple):
@@ -77,173 +53,78 @@ class Setting(NamedTuple):
     told: dict  # the flags that all arms share
     budget: int = 1000  # of `counted` per update
     counted: str = "generated_tokens"
-    decisive: object = ""  # tree_grpo: "late", or the turn that decides
-    repeat: int = 1  # tree_grpo: how often an observation is said
 
 
 class Experiment(NamedTuple):
     script: str
     settings: dict[str, Setting]
     seeds: range
+    pairs: tuple[str, ...]  # of arms that are compared
     starts: tuple | None = None  # seeds of the warm starts (None: the run's own seed)
     updates: int = 0  # those that count at equal cost (0: all)
-    pairs: tuple = (("tree", "chains"), ("tree", "group"), ("tree", "intra"), *LEARNED)
-
-    @property
-    def file(self) -> Path:
-        return RESULTS / {"tree_grpo": "learning.jsonl"}.get(
-            self.script, f"learning_{self.script}.jsonl"
-        )
 
 
-def tree_arms(M: int, chains: int, group: int, *names: str) -> dict[str, str]:
-    tree = f"--M={M} --N=2 --L=1"
-    arms = {"tree": tree, "learned": tree, "inter": f"{tree} --advantage=inter"}
-    arms["intra"] = f"{tree} --advantage=intra"
-    arms["chains"] = f"--method=grpo --M={chains}"
-    arms["group"] = f"--method=grpo --M={group}"
-    return {name: arms[name] for name in names}
+def of_chains(chains: int, names: str, told: dict, *budget) -> Setting:
+    """Of tree_grpo.py: arms that cost about as much as so many chains."""
+    tree = f"--M={chains // 2} --N=2 --L=1"
+    arms = {"tree": tree, "learned": tree, "intra": f"{tree} --advantage=intra"}
+    arms |= {"chains": f"--method=grpo --M={chains}", "group": f"--method=grpo --M={3 * chains // 2}"}
+    return Setting({name: arms[name] for name in names.split()}, told, *budget)
 
 
-THREE, ALL = ("tree", "chains", "group"), ("tree", "chains", "group", "intra")
-UPDATES = {"steps": 100, "eval_every": 10}
-FOUR = tree_arms(2, 4, 6, *ALL)
-MAIN = {
-    "errors anywhere": Setting(FOUR, {"steps": 40, "eval_every": 4}),
-    "error last": Setting(FOUR, UPDATES, decisive="late"),
+def hard(kind: str, **more) -> dict:
+    """The flags of runs on questions of hard_questions.py."""
+    return {"env": f"{ROOT}/benchmarks/hard_questions.py:{kind}", "steps": 100, "eval_every": 10, **more}
+
+
+THREE, ALL = "tree chains group", "tree chains group intra"
+REPEATED = of_chains(4, THREE, hard("LateRepeated"), 4000, "forwarded_tokens")
+TREE_GRPO = {  # experiment -> seeds, settings
+    "main": (
+        12,
+        {
+            "errors anywhere": of_chains(4, ALL, {"steps": 40, "eval_every": 4}),
+            "error last": of_chains(4, ALL, hard("Late")),
+        },
+    ),
+    "budget": (6, {f"error last, {n} chains": of_chains(n, THREE, hard("Late")) for n in (2, 8)}),
+    "observations": (4, {"error last, observations x 4, equal forwarded tokens": REPEATED}),
+    "hops": (4, {"error last, 2 to 4 hops": of_chains(4, THREE, hard("Late:4", max_turns=5))}),
+    "where": (
+        6,
+        {f"decisive turn {i} of 4": of_chains(4, "tree chains learned", hard(f"Decisive:{i}")) for i in (1, 3, 4)},
+    ),
 }
-BUDGET = {
-    f"error last, {n} chains": Setting(
-        tree_arms(n // 2, n, 3 * n // 2, *THREE), UPDATES, decisive="late"
-    )
-    for n in (2, 8)
-}
-OBSERVATIONS = Setting(tree_arms(2, 4, 6, *THREE), UPDATES, 4000, "forwarded_tokens", "late", 4)
-HOPS = Setting(tree_arms(2, 4, 6, *THREE), {**UPDATES, "hops": 4, "max_turns": 5}, decisive="late")
-WHERE = {
-    f"decisive turn {turn} of 4": Setting(
-        tree_arms(2, 4, 6, "tree", "chains", "learned"), {**UPDATES, "hops": 3}, decisive=turn
-    )
-    for turn in (1, 3, 4)
-}
-TREERL_ARMS = {
+PAIRS = ("tree − chains", "tree − group", "tree − intra", "learned − chains", "learned − tree")
+EXPERIMENTS = {name: Experiment("tree_grpo", what, range(seeds), PAIRS) for name, (seeds, what) in TREE_GRPO.items()}
+
+TREERL = {
     "6,2,1,2": "--M=6 --N=2 --L=1 --T=2",
     "18 chains": "--method=chainrl --M=18 --keep=18 --steps=72",
     "2,2,2,2": "--M=2 --N=2 --L=2 --T=2",
     "9 chains": "--method=chainrl --M=9 --keep=9 --steps=72",
     "random": "--M=6 --N=2 --L=1 --T=2",
 }
-TREERL_PAIRS = (
-    ("6,2,1,2", "18 chains"),
-    ("2,2,2,2", "9 chains"),
-    ("6,2,1,2", "2,2,2,2"),
-    ("18 chains", "9 chains"),
-    ("6,2,1,2", "random"),
-)
-METHODS = {method: f"--method={method}" for method in ("graph_gpo", "gigpo", "grpo")}
-HOUSE = {"steps": 40, "eval_every": 8, "eval_tasks": 40}
-SOKOBAN = {"steps": 60, "eval_every": 12, "eval_tasks": 40, "max_steps": 15}
-SOKOBAN["env"] = str(RESULTS.parents[1] / "envs" / "sokoban.py:Sokoban")
-WORLDS = {
-    "house": (HOUSE, 1250, 8),
+setting = Setting(TREERL, {"steps": 48, "eval_every": 6}, 4000)
+pairs = ("6,2,1,2 − 18 chains", "2,2,2,2 − 9 chains", "6,2,1,2 − 2,2,2,2", "18 chains − 9 chains", "6,2,1,2 − random")
+EXPERIMENTS["treerl"] = Experiment("treerl", {"": setting}, range(8), pairs, updates=48)
+
+SOKOBAN = {"steps": 60, "eval_every": 12, "max_steps": 15, "env": f"{ROOT}/envs/sokoban.py:Sokoban"}
+WORLDS = {  # flags, environment steps per update, seeds
+    "house": ({"steps": 40, "eval_every": 8}, 1250, 8),
     "sokoban": ({**SOKOBAN, "omega": 0.8}, 1500, 3),
     "sokoban, omega 0.1": (SOKOBAN, 1500, 3),
 }
-EXPERIMENTS = {
-    "main": Experiment("tree_grpo", MAIN, range(12)),
-    "budget": Experiment("tree_grpo", BUDGET, range(6)),
-    "observations": Experiment(
-        "tree_grpo",
-        {"error last, observations x 4, equal forwarded tokens": OBSERVATIONS},
-        range(4),
-    ),
-    "hops": Experiment("tree_grpo", {"error last, 2 to 4 hops": HOPS}, range(4)),
-    "where": Experiment("tree_grpo", WHERE, range(6)),
-    "treerl": Experiment(
-        "treerl",
-        {"": Setting(TREERL_ARMS, {"steps": 48, "eval_every": 6}, 4000)},
-        range(8),
-        updates=48,
-        pairs=TREERL_PAIRS,
-    ),
-}
 for world, (told, budget, seeds) in WORLDS.items():
-    setting = Setting(METHODS, told, budget, "env_steps")
-    pairs = tuple(itertools.combinations(METHODS, 2))
-    starts = (0, 1)
-    EXPERIMENTS[world] = Experiment("graph_gpo", {"": setting}, range(seeds), starts, pairs=pairs)
-
-# ------------------------------------------------------ questions with one decisive turn of four
-MISTAKEN = {  # what the demonstrator asks for instead in turns 1 to 3
-    "mother": "friend",
-    "friend": "teacher",
-    "teacher": "mother",
-    "birthplace": "home",
-    "home": "birthplace",
-    "mayor": "founder",
-    "founder": "mayor",
-}
+    methods = {method: f"--method={method}" for method in ("graph_gpo", "gigpo", "grpo")}
+    setting = Setting(methods, {**told, "eval_tasks": 40}, budget, "env_steps")
+    pairs = tuple(" − ".join(pair) for pair in itertools.combinations(methods, 2))
+    EXPERIMENTS[world] = Experiment("graph_gpo", {"": setting}, range(seeds), pairs, starts=(0, 1))
 
 
-def hard_question(turn: int, rng, max_hops: int, held_out: bool) -> tree_grpo.Question:
-    """Of three hops. In turn 1, 2 or 3 the mistaken relation is known too, and from there on leads
-    to another answer; in turn 4 the last fact lists four names, of which the first is right."""
-    of_what = tree_grpo.RELATIONS
-    while True:
-        way, relations = [rng.choice(tree_grpo.PEOPLE + tree_grpo.CITIES)], []
-        for _ in range(3):
-            fit = [r for r in MISTAKEN if way[-1] in of_what[r][0] and r not in relations]
-            relations.append(rng.choice(fit))
-            way.append(rng.choice([e for e in of_what[relations[-1]][1] if e not in way]))
-        where = "Where" if way[-1] in tree_grpo.CITIES else "Who"
-        text = f"{where} is the {' of the '.join(reversed(relations))} of {way[0]}?"
-        mistaken = MISTAKEN[relations[min(turn, 3) - 1]]
-        if mistaken not in relations and (random.Random(text).random() < 0.2) == held_out:
-            break
-    unused = {}
-    for kind in ("PEOPLE", "CITIES"):
-        names = [e for e in getattr(tree_grpo, kind) if e not in way]
-        rng.shuffle(names)
-        unused[kind] = names
-
-    def others(relation: str) -> list[str]:
-        return unused["PEOPLE" if of_what[relation][1] is tree_grpo.PEOPLE else "CITIES"]
-
-    facts = {(relation, of): value for relation, of, value in zip(relations, way, way[1:])}
-    if turn == 4:
-        facts[relations[-1], way[2]] += f", formerly {', '.join(others(relations[-1])[:3])}"
-    else:
-        of = way[turn - 1]
-        for relation in (mistaken, *relations[turn:]):
-            facts[relation, of] = others(relation).pop()
-            of = facts[relation, of]
-    passages = [
-        ("", f"the {relation} of {of} is {value}") for (relation, of), value in facts.items()
-    ]
-    rng.shuffle(passages)
-    index = tree_grpo.BM25(passages)
-    return tree_grpo.Question(text, [way[-1]], index, way[0], tuple(relations))
-
-
-def hard_demonstration(turn: int, question, rng) -> list[tuple[str, str]]:
-    """Right in all turns but one, in which it is mistaken four times in five."""
-    turns, names = [], [question.start]
-    for number, relation in enumerate(question.relations, 1):
-        asked = MISTAKEN[relation] if number == turn and rng.random() < 0.8 else relation
-        query = f"{asked} of {names[0]}"
-        found = question.passages.top(query, 1)[0][1]
-        turns.append((f"<think> next {asked}</think><search> {query}</search>", found))
-        names = released.values_of(found)
-    answer = rng.choices(names, [2, 4, 2, 2])[0] if turn == 4 else names[0]
-    return [*turns, (f"<think> done</think><answer> {answer}</answer>", "")]
-
-
-# ----------------------------------------------------------------------------------------------- runs
+# ------------------------------------------------------------------------------------------------------------- runs
 def learned_search(search=tree_grpo.tree_search):
-    """tree_search with forks where rewards have differed so far (when_trees_pay.py), for one
-    run."""
-    from when_trees_pay import Learned
-
+    """tree_search with forks where rewards have differed so far (when_trees_pay.py), for one run."""
     rule = Learned(0)
 
     def search_learned(play, prompts, M, N, L, rng):
@@ -255,31 +136,9 @@ def learned_search(search=tree_grpo.tree_search):
     return search_learned
 
 
-def repeated(repeat: int, observation=tree_grpo.Agent.observation):
-    def say(agent, found: str) -> list[int]:
-        return observation(agent, ", ".join([found] * repeat))
-
-    return mock.patch.object(tree_grpo.Agent, "observation", say)
-
-
-@contextlib.contextmanager
-def task_of(setting: Setting):
-    """The questions and observations of a setting, while this lasts."""
-    with contextlib.ExitStack() as stack:
-        if setting.decisive == "late":
-            stack.enter_context(released.late())
-        elif turn := setting.decisive:
-            make = functools.partial(hard_question, turn)
-            demonstrate = functools.partial(hard_demonstration, turn)
-            stack.enter_context(released.questions(make, demonstrate))
-        if setting.repeat > 1:
-            stack.enter_context(repeated(setting.repeat))
-        yield
-
-
 def centred(values: torch.Tensor, groups: list) -> torch.Tensor:
     """z_scores without the std; a success returns 10 (tutorial, A.3), not 1."""
-    return 10 * (values.double() - per_group(groups)(values.double(), "mean"))
+    return 10 * (values.double() - common.per_group(groups)(values.double(), "mean"))
 
 
 def arm_of(experiment: str, arm: str):
@@ -294,78 +153,58 @@ def arm_of(experiment: str, arm: str):
 
 
 class Budget:
-    """Sets --prompts (or --tasks) before each update."""
+    """Sets --prompts (or --tasks) before each update, and notes what an update cost in its row."""
 
     def __init__(self, script, budget: int, counted: str):
         self.script, self.budget, self.counted = script, budget, counted
         self.unit = "tasks" if script is graph_gpo else "prompts"
         self.spent, self.signal = 0, 0.0
-
-    def begin(self, args, actor) -> None:
-        """What one costs, from a batch that is not used."""
-        self.args = args
-        _, counts = rollouts(self.script, actor, "price")
-        self.price = counts[self.counted] / getattr(args, self.unit)
-        self.set(1)
+        self.parts = script.train, script.update, script.open_log
 
     def set(self, step: int) -> None:
         owed = self.budget * step - self.spent
         setattr(self.args, self.unit, max(1, round(owed / self.price)))
 
-    def end(self, step: int, row: dict) -> None:
-        """Takes note of a finished update, and adds to its row."""
-        number = getattr(self.args, self.unit)
-        row[self.unit], row["signal"] = number, self.signal
-        row["rollout_cpu"] = row["seconds_sampling"]
-        row["update_cpu"] = row["seconds"] - row["seconds_sampling"]
-        self.spent += row[self.counted]
-        self.price = 0.7 * self.price + 0.3 * row[self.counted] / number
-        self.set(step + 1)
+    def train(self, args, model, reference, actor, state) -> None:
+        _, counts = common.rollouts(self.script, actor, "price")  # a batch that is not used says what one costs
+        self.args, self.price = args, counts[self.counted] / getattr(args, self.unit)
+        self.set(1)
+        self.parts[0](args, model, reference, actor, state)
 
+    def update(self, model, reference, optimizer, groups, args) -> dict:
+        self.signal = common.signal(groups)
+        return self.parts[1](model, reference, optimizer, groups, args)
 
-def budgeted_run(script, arguments: list[str], budget: int, counted: str) -> list[dict]:
-    """The rows of metrics.jsonl of a run that spends `budget` of what is counted per update."""
-    spend, train, update, log = (
-        Budget(script, budget, counted),
-        script.train,
-        script.update,
-        script.Log,
-    )
+    def open_log(self, args, size: int):
+        log = self.parts[2](args, size)
 
-    def train_budgeted(args, model, reference, actor, state):
-        spend.begin(args, actor)
-        train(args, model, reference, actor, state)
-
-    def update_watched(model, reference, optimizer, groups, args):
-        A = torch.cat([group.advantages.abs().amax(1) for group in groups])
-        spend.signal = (A > 0).double().mean().item()
-        return update(model, reference, optimizer, groups, args)
-
-    class LogWithBudget(log):
-        def __call__(self, event, step, row):
+        def log_budget(event: str, step: int, row: dict) -> None:
             if event == "train":
-                spend.end(step, row)
-            super().__call__(event, step, row)
+                number = getattr(args, self.unit)
+                row |= {self.unit: number, "signal": self.signal, "rollout_cpu": row["seconds_sampling"]}
+                row["update_cpu"] = row["seconds"] - row["seconds_sampling"]
+                self.spent += row[self.counted]
+                self.price = 0.7 * self.price + 0.3 * row[self.counted] / number
+                self.set(step + 1)
+            log(event, step, row)
 
-    clock = types.SimpleNamespace(perf_counter=time.process_time)
-    replaced = {"train": train_budgeted, "update": update_watched, "Log": LogWithBudget}
-    replaced["catch_signals"] = list  # Ctrl-C ends all runs, at once
-    with mock.patch.multiple(script, time=clock, **replaced):
-        script.main(arguments)
-    out = next(a.partition("=")[2] for a in arguments if a.startswith("--out="))
-    return read_rows(Path(out, "metrics.jsonl"))
+        return log_budget
+
+
+def budgeted_run(script, out: Path, arguments: list[str], budget: int, counted: str) -> list[dict]:
+    """The rows of metrics.jsonl of a run that spends `budget` of what is counted per update."""
+    spend = Budget(script, budget, counted)
+    clock = types.SimpleNamespace(perf_counter=time.process_time, strftime=time.strftime)
+    parts = {"train": spend.train, "update": spend.update, "open_log": spend.open_log}
+    return common.run_script(script, out, arguments, time=clock, **parts)
 
 
 def warm_start(script, setting: Setting, seed: int, folder: Path) -> list[str]:
     """A seed's warm-started model, in folder/start, and the flags of all runs from it."""
-    told = {name: value for name, value in setting.told.items() if name not in ("env", "steps")}
-    make_env = graph_gpo.House
-    if "env" in setting.told:
-        make_env = graph_gpo.load_env(setting.told["env"])
-    model, tokenizer = warm_started(script, tiny_args(script, seed=seed, **told), make_env)
-    script.save_model(folder / "start", model, tokenizer)
-    shared = {**TINY[script], "model": folder / "start", "lr": 5e-4, "device": "cpu"}
-    return flags({**shared, "save_every": 10**6, **setting.told})
+    told = {name: value for name, value in setting.told.items() if name != "steps"}
+    script.save_model(folder / "start", *common.warm_started(script, tiny_args(script, seed=seed, **told)))
+    shared = {**common.TINY[script], "model": folder / "start", "lr": 5e-4, "device": "cpu", "save_every": 10**6}
+    return flags({**shared, **setting.told})
 
 
 SUMS = "prompts tasks env_steps generated_tokens forwarded_tokens tool_calls rollout_cpu update_cpu"
@@ -395,38 +234,27 @@ def run(job: tuple) -> None:
     name, setting_name, start, missing = job
     experiment = EXPERIMENTS[name]
     script, setting = SCRIPTS[experiment.script], experiment.settings[setting_name]
-    torch.set_num_threads(1)
-    with quietly() as folder, task_of(setting):
-        common = warm_start(script, setting, start, folder)
+    with common.quietly() as folder:
+        shared = warm_start(script, setting, start, folder)
         for seed, arm in missing:
-            began, own = time.perf_counter(), setting.arms[arm].split()
-            where = [f"--seed={seed}", f"--out={folder}/{seed}-{arm}"]
+            began, own = time.perf_counter(), [*setting.arms[arm].split(), f"--seed={seed}"]
             with arm_of(name, arm):
-                rows = budgeted_run(
-                    script, [*common, *own, *where], setting.budget, setting.counted
-                )
-            result = {"experiment": name, "setting": setting_name, "start": start, "seed": seed}
-            result |= {"arm": arm, **summary(rows, experiment.updates)}
-            result["seconds"] = round(time.perf_counter() - began, 1)
-            with open(experiment.file, "a") as file:
-                file.write(json.dumps(result) + "\n")
+                out = folder / f"{seed}-{arm}"
+                rows = budgeted_run(script, out, [*shared, *own], setting.budget, setting.counted)
+            result = {"experiment": name, "setting": setting_name, "start": start, "seed": seed, "arm": arm}
+            result |= {**summary(rows, experiment.updates), "seconds": round(time.perf_counter() - began, 1)}
+            common.write_rows(common.RESULTS / FILES[experiment.script], [result], "a")
 
 
-# -------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------------- results
 def read_runs(name: str) -> dict[str, dict[str, dict[tuple, dict]]]:
     """setting -> arm -> (start, seed) -> result."""
-    found = {
-        key: {arm: {} for arm in what.arms} for key, what in EXPERIMENTS[name].settings.items()
-    }
-    for row in read_rows(EXPERIMENTS[name].file):
+    found = {key: {arm: {} for arm in what.arms} for key, what in EXPERIMENTS[name].settings.items()}
+    for row in read_rows(FILES[EXPERIMENTS[name].script]):
         # Older rows say "world" and "method", or nothing as there is one experiment in their file.
-        of, arm = (
-            row.get("experiment", row.get("world", "treerl")),
-            row.get("arm", row.get("method")),
-        )
+        of, arm = row.get("experiment", row.get("world", "treerl")), row.get("arm", row.get("method"))
         if of == name:
-            key = row.get("start", row["seed"]), row["seed"]
-            found[row.get("setting", "")][arm][key] = row
+            found[row.get("setting", "")][arm][row.get("start", row["seed"]), row["seed"]] = row
     return found
 
 
@@ -491,92 +319,72 @@ def arm_row(found: list[dict[str, dict]], arm: str, last: int | None) -> dict[st
     return cells
 
 
-def pair_row(
-    found: list[dict[str, dict]], one: str, other: str, last: int | None
-) -> dict[str, str]:
+def pair_row(found: list[dict[str, dict]], one: str, other: str, last: int | None) -> dict[str, str]:
     gaps = by_seed(found, lambda runs: score(runs[one], last) - score(runs[other], last))
     cells = dict(zip(("score", "ahead", "rank test, p", "detectable"), paired(gaps)))
     if "cpu" in found[0][one]:
         gaps = by_seed(found, lambda runs: at_equal_time(runs[one], runs[other]))
-        head = ("at equal time", "ahead in time", "rank test in time, p")
-        cells |= dict(zip(head, paired(gaps)))
+        cells |= dict(zip(("at equal time", "ahead in time", "rank test in time, p"), paired(gaps)))
     return cells
 
 
 def report(name: str) -> str:
-    """Of each setting, for the seeds for which all arms have run: what was learned and what it
-    cost; and paired differences."""
-    learned, pairs = [], []
-    for setting, what in EXPERIMENTS[name].settings.items():
-        found, last = whole_runs(name, setting), None
-        if updates := EXPERIMENTS[name].updates:
-            last = updates // what.told["eval_every"] + 1
+    """Of each setting, for the seeds for which all arms have run: what was learned and what it cost; and paired
+    differences."""
+    learned, pairs, experiment = [], [], EXPERIMENTS[name]
+    for setting, what in experiment.settings.items():
+        found = whole_runs(name, setting)
+        last = experiment.updates // what.told["eval_every"] + 1 if experiment.updates else None
         for arm in what.arms if found else ():
-            cells = arm_row(found, arm, last)
-            learned.append({"setting": setting or name, "arm": arm, **cells})
-        for one, other in EXPERIMENTS[name].pairs if found else ():
-            if {one, other} <= what.arms.keys():
-                cells = pair_row(found, one, other, last)
-                pairs.append({"setting": setting or name, "pair": f"{one} − {other}", **cells})
-    of = [
-        table(tuple(rows[0]), [list(row.values()) for row in rows])
-        for rows in (learned, pairs)
-        if rows
-    ]
-    return "\n\n".join(of)
+            learned.append({"setting": setting or name, "arm": arm, **arm_row(found, arm, last)})
+        for pair in experiment.pairs if found else ():
+            if what.arms.keys() >= {*pair.split(" − ")}:
+                cells = pair_row(found, *pair.split(" − "), last)
+                pairs.append({"setting": setting or name, "pair": pair, **cells})
+    return "\n\n".join(table(rows[0], [row.values() for row in rows]) for rows in (learned, pairs) if rows)
 
 
 def figure(name: str) -> None:
     """results/learning_curves_<experiment>.png: held-out success of each arm, and 95 % intervals."""
     settings = EXPERIMENTS[name].settings
-    drawing, axes = pyplot().subplots(
-        1, len(settings), figsize=(5.5 * len(settings), 4), squeeze=False, layout="constrained"
-    )
+    size = {"figsize": (5.5 * len(settings), 4), "layout": "constrained"}
+    drawing, axes = common.pyplot().subplots(1, len(settings), squeeze=False, **size)
     for axis, (setting, what) in zip(axes[0], settings.items()):
         found = whole_runs(name, setting)
         for color, arm in zip(COLORS, what.arms if found else ()):
-            n = len(found[0][arm]["success"])
-            at = [
-                by_seed(found, lambda runs, i=i, arm=arm: runs[arm]["success"][i]) for i in range(n)
-            ]
-            x = [what.budget * what.told["eval_every"] * i for i in range(n)]
-            draw_band(axis, x, list(zip(*at)), color=color, label=arm)
-        axis.set_title(setting or name)
-        axis.set_xlabel(what.counted.replace("_", " "))
+            evals = range(len(found[0][arm]["success"]))
+            curve = [by_seed(found, lambda runs, arm=arm, i=i: runs[arm]["success"][i]) for i in evals]
+            mean, half = zip(*((statistics.mean(values), common.half_width(values)) for values in curve))
+            x = [what.budget * what.told["eval_every"] * i for i in range(len(mean))]
+            axis.plot(x, mean, color=color, label=arm)
+            bounds = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+            axis.fill_between(x, *bounds, color=color, alpha=0.12, linewidth=0)
+        axis.set(title=setting or name, xlabel=what.counted.replace("_", " "))
         axis.legend()
     axes[0, 0].set_ylabel("held-out success at T = 1")
-    drawing.savefig(
-        RESULTS / f"learning_curves_{name.replace(', ', '_').replace(' ', '_')}.png", dpi=100
-    )
+    drawing.savefig(common.RESULTS / f"learning_curves_{name.replace(', ', '_').replace(' ', '_')}.png", dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("experiments", nargs="*", help=f"default: all, {'; '.join(EXPERIMENTS)}")
     parser.add_argument("--seeds", type=int, nargs="+", help="default: each experiment's own")
     parser.add_argument("--starts", type=int, nargs="+", help="graph_gpo.py's warm starts")
     parser.add_argument("--processes", type=int, default=2, help="side by side, one thread each")
     parser.add_argument("--report", action="store_true", help="no runs: tables and figures")
     options = parser.parse_args()
-    names, jobs = options.experiments or list(EXPERIMENTS), []
+    names, jobs = options.experiments or list(EXPERIMENTS), {}
     if unknown := set(names) - EXPERIMENTS.keys():
         parser.error(f"no such experiment: {', '.join(unknown)}")
     for name in names if not options.report else ():
-        experiment, seeds = EXPERIMENTS[name], options.seeds or EXPERIMENTS[name].seeds
+        experiment = EXPERIMENTS[name]
         for setting, arms in read_runs(name).items():
-            missing = {}
-            for seed, arm in itertools.product(seeds, arms):
-                starts = (options.starts or experiment.starts) if experiment.starts else (seed,)
-                for start in starts:
+            for seed, arm in itertools.product(options.seeds or experiment.seeds, arms):
+                for start in (options.starts or experiment.starts) if experiment.starts else (seed,):
                     if (start, seed) not in arms[arm]:
-                        missing.setdefault(start, []).append((seed, arm))
-            jobs += [(name, setting, start, pairs) for start, pairs in missing.items()]
-    in_processes(run, jobs, options.processes)
-    print(
-        "Means over the seeds, ± half of the 95 % interval of the mean; costs are sums over a run."
-    )
+                        jobs.setdefault((name, setting, start), []).append((seed, arm))
+    common.in_processes(run, [(*key, missing) for key, missing in jobs.items()], options.processes)
+    print("Means over the seeds, ± half of the 95 % interval of the mean; costs are sums over a run.")
     for name in names:
         print(f"\n## {name}\n\n{report(name)}")
         figure(name)

@@ -2,20 +2,15 @@
 its defaults and on less memory, by a formula. With `--measure` instead: what a training step of a
 small shape takes here, sampling and update, beside what the formula expects of it."""
 
-import argparse
-import ctypes
-import gc
 import multiprocessing
 import random
 from collections import Counter
-from pathlib import Path
 
+import common
 import speed
 import torch
 from common import table, tiny_args, tree_grpo
 from transformers import Qwen2ForCausalLM
-
-from tree_grpo import Node
 
 SIZES = {  # width, layers, heads, KV heads, inner width, vocabulary
     **speed.SIZES,
@@ -41,8 +36,8 @@ COLUMNS = {
 def memory_needed(model, args, prompts: int, prompt: int, lanes: int, leaves: int, tokens: int):
     """About how many GB a run takes at its peak if all rollouts get as long as they may.
 
-    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of
-    their trees, whose keys and values are kept; tokens: the most of a path below its prompt."""
+    prompts: sampled from together, `prompt` tokens long; lanes: in flight below them; leaves: of their trees, whose
+    keys and values are kept; tokens: the most of a path below its prompt."""
     c, size = model.config, 2 if args.dtype == "bfloat16" else 4
     W, layers, heads = c.hidden_size, c.num_hidden_layers, c.num_attention_heads
     groups, D = heads // c.num_key_value_heads, getattr(c, "head_dim", None) or W // heads
@@ -52,8 +47,7 @@ def memory_needed(model, args, prompts: int, prompt: int, lanes: int, leaves: in
     weights += 4 * parameters if args.kl_coef else 0  # the reference
 
     kv = 2 * layers * c.num_key_value_heads * D * size  # of a token
-    # Lanes are made again when full. The new ones are beside the nodes, which hold what was sampled,
-    # for a moment all of it.
+    # Lanes are made again when full. The new ones are beside the nodes, which for a moment hold all that was sampled.
     room = 1 + 64
     while room < tokens:
         room += max(64, room // 2)
@@ -93,49 +87,32 @@ def expected() -> None:
     print(table(("model", *COLUMNS), lines))
 
 
-def in_use(device: torch.device, peak: bool) -> int:
-    if device.type == "cuda":
-        read = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
-        return read(device)
-    name = "VmHWM" if peak else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(name)))
-
-
-def measured(
-    where: str, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool
-) -> tuple[float, float]:
-    """GB at the peak of two training steps, and what memory_needed expects; called in a process of
-    its own."""
-    device = torch.device(where)
+def measured(device: str, size: str, prompts: int, prompt: int, lanes: int, tokens: int, recompute: bool) -> tuple:
+    """GB at the peak of two training steps, and what memory_needed expects; called in a process of its own."""
+    device, expected = torch.device(device), []
     speed.new_model("tiny", device)  # what loading takes once and for all is not of a run
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    before = in_use(device, False)
-    model = speed.new_model(size, device)
     args = tiny_args(tree_grpo, kl_coef=0.0, micro_tokens=10**6, grad_checkpointing=recompute)
-    tree_grpo.policy_and_reference(args, model, "")  # switches recomputing on
-    optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6), random.Random(0)
-    for _ in range(2):  # in the second step the optimizer has its averages
-        roots = [Node(tokens=speed.random_tokens(prompt, rng)) for _ in range(prompts)]
-        nodes = [Node(root) for root in roots for _ in range(lanes // prompts)]
-        draws = torch.Generator(device).manual_seed(0), 1.0, 1.0, Counter()
-        tree_grpo.sample(model, nodes, [tokens] * lanes, lambda tokens: False, set(), *draws)
-        tree_grpo.forget(node for root in roots for node in root.below())
-        groups = [speed.with_advantages(root, 1 / prompts) for root in roots]
-        tree_grpo.update(model, None, optimizer, groups, args)
-    gb = (in_use(device, True) - before) / 1e9
-    shape = {"prompts": prompts, "prompt": prompt, "lanes": lanes, "leaves": lanes}
-    return gb, memory_needed(model, args, tokens=tokens, **shape)
+
+    def two_steps():
+        model = speed.new_model(size, device)
+        tree_grpo.policy_and_reference(args, model, "")  # switches recomputing on
+        optimizer, rng = torch.optim.AdamW(model.parameters(), lr=1e-6), random.Random(0)
+        for _ in range(2):  # in the second step the optimizer has its averages
+            nodes = speed.stars(prompts, lanes // prompts, prompt, rng)
+            roots = list(dict.fromkeys(node.parent for node in nodes))
+            draws = torch.Generator(device).manual_seed(0), 1.0, 1.0, Counter()
+            tree_grpo.sample(model, nodes, [tokens] * lanes, lambda tokens: False, set(), *draws)
+            tree_grpo.forget(node for root in roots for node in root.below())
+            groups = [speed.with_advantages(root, 1 / prompts) for root in roots]
+            tree_grpo.update(model, None, optimizer, groups, args)
+        shape = {"prompts": prompts, "prompt": prompt, "lanes": lanes, "leaves": lanes, "tokens": tokens}
+        expected.append(memory_needed(model, args, **shape))
+
+    return speed.peak_memory(two_steps, device) * 2**20 / 1e9, *expected
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.parser(__doc__)
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
@@ -150,8 +127,7 @@ def main() -> None:
         line = [size, f"{prompts} x {prompt}", f"{lanes} x {tokens}", "yes" if recompute else "no"]
         lines.append([*line, f"{found:.2f}", f"{wanted:.2f}", f"{wanted / found:.2f}"])
     print(f"torch {torch.__version__}, {options.device}, float32\n")
-    head = "model|prompts x tokens|lanes x tokens|recomputed|measured, GB|expected, GB|ratio"
-    print(table(head.split("|"), lines))
+    print(table("model|prompts x tokens|lanes x tokens|recomputed|measured, GB|expected, GB|ratio", lines))
 
 
 if __name__ == "__main__":

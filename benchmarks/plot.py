@@ -1,9 +1,9 @@
 """Learning curves of runs: `python benchmarks/plot.py RUN... [--out FILE.png]`, where a RUN is the
 --out of a script: held-out success over steps, and the mean reward in training."""
 
-import argparse
 from pathlib import Path
 
+import common
 from common import pyplot, read_rows
 
 CURVES = {  # what is drawn -> the event whose rows have it
@@ -23,14 +23,13 @@ def draw(runs: list[Path], file: Path) -> None:
             values = [row[name] for row in shown]
             axis.plot(steps, values, marker="o" if event == "eval" else "", label=str(run))
     for axis, title in zip(axes, ("held-out success at T = 1", "greedy", "reward in training")):
-        axis.set_title(title)
-        axis.set_xlabel("training step")
+        axis.set(title=title, xlabel="training step")
     axes[0].legend(fontsize=8)
     figure.savefig(file, dpi=100)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = common.parser(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, default=Path("runs.png"), metavar="FILE.png")
     options = parser.parse_args()

@@ -4,22 +4,19 @@ what earlier measurements were made with.
     python benchmarks/released.py graph_gpo --penalty-in-return --merge-similarity 0.95 --steps 20
     python benchmarks/released.py graph_gpo --dynamic-sampling 3
     python benchmarks/released.py treerl --random-forks
-    python benchmarks/released.py tree_grpo --late
 
 Each runs a script with a part of it replaced; other arguments are the script's own.
 """
 
-import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import random
-import re
 from unittest import mock
 
+import common
 import torch
-from common import SCRIPTS, graph_gpo, per_group, tree_grpo, treerl
+from common import SCRIPTS, graph_gpo, per_group, treerl
 from torch import Tensor
 
 from graph_gpo import SUCCESS, Transition, goal_distances, z_scores
@@ -27,8 +24,8 @@ from graph_gpo import SUCCESS, Transition, goal_distances, z_scores
 
 # ----------------------------------------------------------------- GraphGPO: penalties, merged states
 def merge_states(transitions: list[Transition], similarity: float) -> list[Transition]:
-    """The same transitions, but each state is replaced by the first earlier one whose text is at
-    least `similarity` (difflib's ratio, 0 to 1) like its own and which stays. At 1 none is."""
+    """The same transitions, but each state is replaced by the first earlier one whose text is at least `similarity`
+    (difflib's ratio, 0 to 1) like its own and which stays. At 1 none is."""
 
     def like(one: str, other: str) -> bool:
         match = difflib.SequenceMatcher(None, one, other)  # two bounds are cheaper than the ratio
@@ -48,8 +45,8 @@ def merge_states(transitions: list[Transition], similarity: float) -> list[Trans
 def graph_advantages(
     transitions: list[Transition], omega: float, penalties: Tensor | None, similarity: float
 ) -> Tensor:
-    """graph_gpo.graph_advantages with the distances of merged states, and with penalties taken from
-    R_G before the z-scores (None: none)."""
+    """graph_gpo.graph_advantages with the distances of merged states, and with penalties taken from R_G before the
+    z-scores (None: none)."""
     merged, states = merge_states(transitions, similarity), [t.state for t in transitions]
     d = goal_distances(merged)
     ahead = torch.tensor([d[t.next_state] + t.cost for t in merged], dtype=torch.float64)
@@ -61,14 +58,10 @@ def graph_advantages(
 
 
 def gigpo_advantages(
-    transitions: list[Transition],
-    rewards: list[float],
-    gamma: float,
-    penalties: Tensor | None,
-    similarity: float,
+    transitions: list[Transition], rewards: list[float], gamma: float, penalties: Tensor | None, similarity: float
 ) -> Tensor:
-    """graph_gpo.gigpo_advantages where what leaves merged states is compared, and with penalties
-    taken from the returns before the z-scores (None: none)."""
+    """graph_gpo.gigpo_advantages where what leaves merged states is compared, and with penalties taken from the returns
+    before the z-scores (None: none)."""
     later, returns = {}, []
     for t, reward in zip(reversed(transitions), reversed(rewards)):
         later[t.trajectory] = reward + gamma * later.get(t.trajectory, 0.0)
@@ -80,8 +73,8 @@ def gigpo_advantages(
 
 
 def advantages(task, args, penalty_in_return: bool = False, similarity: float = 1.0) -> Tensor:
-    """graph_gpo.advantages; with penalty_in_return the penalty is taken before the z-scores, and
-    A_E is a z-score over steps."""
+    """graph_gpo.advantages; with penalty_in_return the penalty is taken before the z-scores, and A_E is a z-score over
+    steps."""
     transitions = [step.transition for step in task.steps]
     invalid = torch.tensor([not step.valid for step in task.steps])
     penalties, early = args.invalid_penalty * invalid.double(), None
@@ -101,8 +94,8 @@ def advantages(task, args, penalty_in_return: bool = False, similarity: float = 
 
 
 def dynamic_sampling(times: int, play=graph_gpo.Player.play):
-    """Player.play for training, where tasks whose returns are all equal are replaced by others, up
-    to so many times; the last ones stay as they are."""
+    """Player.play for training, where tasks whose returns are all equal are replaced by others, up to so many times;
+    the last ones stay as they are."""
 
     def play_again(player, seeds, K, generator, *how, held_out=False):
         tasks = play(player, seeds, K, generator, *how, held_out=held_out)
@@ -130,94 +123,30 @@ def random_forks(rng: random.Random):
     return anywhere
 
 
-# ---------------------------------------------------------------- Tree-GRPO: an error in the last step
-make_question = tree_grpo.make_question
-
-
-def late_question(rng: random.Random, max_hops: int, held_out: bool) -> tree_grpo.Question:
-    """A built-in question whose last fact names its present value, then three former ones."""
-    question, facts = make_question(rng, max_hops, held_out), []
-    for _, text in question.passages.passages:
-        facts.append(re.fullmatch(r"the (\w+) of (\w+) is (\w+)", text).groups())
-    known = {(relation, of): value for relation, of, value in facts}
-    way = [question.start]
-    for relation in question.relations:
-        way.append(known[relation, way[-1]])
-    passages = []
-    for relation, of, value in facts:
-        text = f"the {relation} of {of} is {value}"
-        if relation == question.relations[-1]:
-            kind = tree_grpo.RELATIONS[relation][1]
-            former = rng.sample([e for e in kind if e not in (*way, value)], 3)
-            text += f", formerly {', '.join(former)}"
-        passages.append(("", text))
-    return dataclasses.replace(question, passages=tree_grpo.BM25(passages))
-
-
-def values_of(found: str) -> list[str]:
-    """The present value of a fact, and its former ones."""
-    return found.partition(" is ")[2].replace("formerly ", "").split(", ")
-
-
-def late_demonstration(question: tree_grpo.Question, rng: random.Random) -> list[tuple[str, str]]:
-    """Right in all searches; the answer is mostly a former value."""
-    turns, values = [], [question.start]
-    for relation in question.relations:
-        query = f"{relation} of {values[0]}"
-        found = question.passages.top(query, 1)[0][1]
-        turns.append((f"<think> next {relation}</think><search> {query}</search>", found))
-        values = values_of(found)
-    value = rng.choices(values, [2, 4, 2, 2])[0]
-    return [*turns, (f"<think> done</think><answer> {value}</answer>", "")]
-
-
-def questions(make, demonstrate, tiny_model=tree_grpo.tiny_model):
-    """Let tree_grpo.py ask other questions; "formerly" is one more token of the tiny model."""
-
-    def tiny(words, *where):
-        return tiny_model([*words, " formerly"], *where)
-
-    return mock.patch.multiple(
-        tree_grpo, make_question=make, demonstrate=demonstrate, tiny_model=tiny
-    )
-
-
-def late():
-    return questions(late_question, late_demonstration)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("script", choices=SCRIPTS)
-    parser.add_argument("--penalty-in-return", action="store_true")
-    parser.add_argument("--merge-similarity", type=float, default=1.0)
-    parser.add_argument("--dynamic-sampling", type=int, default=0)
+    parser = common.parser(__doc__)
+    parser.add_argument("script", choices=("treerl", "graph_gpo"))
+    parser.add_argument("--penalty-in-return", action="store_true", help="taken before the z-scores")
+    parser.add_argument("--merge-similarity", type=float, default=1.0, help="states at least so alike are one")
+    parser.add_argument("--dynamic-sampling", type=int, default=0, help="how often tasks of equal returns are replaced")
     parser.add_argument("--random-forks", action="store_true")
-    parser.add_argument("--late", action="store_true")
     options, others = parser.parse_known_args()
-    given = {name for name, value in vars(options).items() if value != parser.get_default(name)}
-    fitting = {
-        "tree_grpo": {"late"},
-        "treerl": {"random_forks"},
-        "graph_gpo": {"penalty_in_return", "merge_similarity", "dynamic_sampling"},
-    }
-    for name in sorted(given - {"script"} - fitting[options.script]):
-        parser.error(f"--{name.replace('_', '-')} is not for {options.script}")
+    given = {name for name, value in vars(options).items() if value != parser.get_default(name)} - {"script"}
+    for name in sorted(given):
+        if (name == "random_forks") != (options.script == "treerl"):
+            parser.error(f"--{name.replace('_', '-')} is not for {options.script}")
     if not 0 < options.merge_similarity <= 1:
         parser.error("--merge-similarity: give a number above 0, at most 1")
     how = {"similarity": options.merge_similarity, "penalty_in_return": options.penalty_in_return}
-    play = dynamic_sampling(options.dynamic_sampling)
     with contextlib.ExitStack() as stack:
-        credit = functools.partial(advantages, **how)
-        stack.enter_context(mock.patch.object(graph_gpo, "advantages", credit))
-        stack.enter_context(mock.patch.object(graph_gpo.Player, "play", play))
+
+        def replace(what, name: str, by) -> None:
+            stack.enter_context(mock.patch.object(what, name, by))
+
+        replace(graph_gpo, "advantages", functools.partial(advantages, **how))
+        replace(graph_gpo.Player, "play", dynamic_sampling(options.dynamic_sampling))
         if options.random_forks:
-            forks = random_forks(random.Random(0))
-            stack.enter_context(mock.patch.object(treerl, "fork_points", forks))
-        if options.late:
-            stack.enter_context(late())
+            replace(treerl, "fork_points", random_forks(random.Random(0)))
         SCRIPTS[options.script].cli(others)
 
 

@@ -10,16 +10,16 @@ G. What sharing prompts saves in graph_gpo.py: one iteration in the house (16 ta
    "kept": the default, once for all waves. In training the last two are the same: each distinct prompt once.
 H. What its graph costs: goal_distances and the step advantages for 10^3 to 10^6 transitions of random rollouts.
 
-What is compared takes turns within one run (A B A B), so a machine that slows down does so for both; times are medians.
+What is compared takes turns within one run (A B B A), so a machine that slows down does so for both; times are medians.
 Look at the ratios, not at the seconds. Where other processes use the same cores, start it with OMP_WAIT_POLICY=passive:
 else threads that spin while they wait for each other make everything several times slower, and the ratios meaningless.
 On CUDA the models have the shapes of Qwen2.5-0.5B and 1.5B, with random weights; sampling is in bfloat16, training from
 float32 weights under autocast. A part that fails there, as for want of memory, is left out with a line that says so."""
 
-import argparse
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -32,66 +32,62 @@ import traceback
 from collections import Counter
 from pathlib import Path
 
+import common
 import torch
 import transformers
-from common import (
-    actor_of,
-    credits,
-    flags,
-    graph_gpo,
-    rollouts,
-    table,
-    tiny_args,
-    tree_grpo,
-    treerl,
-)
+from common import CPU, actor_of, credits, flags, graph_gpo, rollouts, table, tiny_args, tree_grpo, treerl
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tree_grpo import Group, Lanes, Node, Packed, length
 
-# A: rows, lanes, prompt, leaf. B: the same and the width of the model. E: as A, the leaf
-# being what a lane holds.
+# A: rows, lanes, prompt, leaf. B: the same and the width of the model. E: as A, the leaf being what a lane holds.
 TINY = {
     "A": [(8, 16, 64, 96), (8, 6, 200, 60), (4, 30, 400, 64), (16, 4, 64, 32), (16, 2, 16, 64)],
-    "B": [(8, 16, 64, 96, 128), (8, 16, 192, 48, 128), (4, 30, 32, 24, 128), (4, 6, 200, 60, 256),
-          (2, 16, 400, 64, 512)],
+    "B": [
+        (8, 16, 64, 96, 128),
+        (8, 16, 192, 48, 128),
+        (4, 30, 32, 24, 128),
+        (4, 6, 200, 60, 256),
+        (2, 16, 400, 64, 512),
+    ],
     "E": [(8, 16, 64, 48), (8, 16, 512, 48)],
-}  # fmt: skip
+}
 QWEN = {
     "A": [(16, 16, 256, 128), (8, 30, 1024, 64)],
     "B": [(2, 8, 256, 64, None), (1, 8, 512, 64, None)],
     "E": [(16, 16, 256, 128), (8, 30, 1024, 128), (1, 8, 1024, 128)],
 }
-QWEN_ON_CPU = {  # only to see that the code runs
-    "A": [(2, 4, 32, 4)],
-    "B": [(1, 2, 16, 8, None)],
-    "E": [(2, 4, 32, 16)],
-}
+QWEN_ON_CPU = {"A": [(2, 4, 32, 4)], "B": [(1, 2, 16, 8, None)], "E": [(2, 4, 32, 16)]}  # only to see that it runs
 SIZES = {  # width, layers, heads, KV heads, inner width, vocabulary
     "0.5B": (896, 24, 14, 2, 4864, 151936),
     "1.5B": (1536, 28, 12, 2, 8960, 151936),
 }
 
 
-# -------------------------------------------------------------------------------------------- helpers
-def timed(ways: list, repeats: int, device: torch.device, pick=statistics.median) -> list[float]:
-    """Median seconds of each function, called in turns after one untimed call each."""
+# ---------------------------------------------------------------------------------------------------------- helpers
+def in_turns(ways: list, repeats: int, device: torch.device = CPU, clock=time.perf_counter) -> list[list[float]]:
+    """Seconds of each function's calls, made in turns, every other time in the opposite order, after one untimed call
+    each."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     seconds = [[] for _ in ways]
-    for _ in range(repeats + 1):
-        for way, times in zip(ways, seconds):
+    for i in range(repeats + 1):
+        for way, times in list(zip(ways, seconds))[:: 1 if i % 2 else -1]:
             wait()
-            began = time.perf_counter()
+            began = clock()
             way()
             wait()
-            times.append(time.perf_counter() - began)
-    return [pick(times[1:]) for times in seconds]
+            times.append(clock() - began)
+    return [times[1:] for times in seconds]
+
+
+def timed(ways: list, repeats: int, device: torch.device) -> list[float]:
+    """Median seconds of each function."""
+    return list(map(statistics.median, in_turns(ways, repeats, device)))
 
 
 def peak_memory(way, device: torch.device) -> float | None:
-    """MiB in use at the peak of a call, above what was in use before it; None where that cannot be
-    measured."""
+    """MiB in use at the peak of a call, above what was in use before it; None where that cannot be measured."""
 
     def status(name: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -99,6 +95,7 @@ def peak_memory(way, device: torch.device) -> float | None:
 
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         way()
@@ -114,25 +111,14 @@ def peak_memory(way, device: torch.device) -> float | None:
 
 
 def show(head: str, lines: list) -> None:
-    print("\n" + table(head.split("|"), [list(map(str, line)) for line in lines]), flush=True)
+    print("\n" + table(head, lines), flush=True)
 
 
 def config_of(shape: tuple, tied: bool = True) -> Qwen2Config:
-    width, layers, heads, kv_heads, inner, vocabulary = shape
-    return Qwen2Config(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    names = "hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size".split()
+    how = {"max_position_embeddings": 2048, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    how |= {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0, "tie_word_embeddings": tied}
+    return Qwen2Config(**dict(zip(names, shape)), **how)
 
 
 def new_model(size: str, device: torch.device, width: int = 128):
@@ -145,8 +131,7 @@ def new_model(size: str, device: torch.device, width: int = 128):
 
 
 def attend(model, attention: str):
-    """Let a model use this attention; "sdpa" is the usual one. So one copy of the weights will
-    do."""
+    """Let a model use this attention; "sdpa" is the usual one. So one copy of the weights will do."""
     if model.config._attn_implementation != attention:
         model.set_attn_implementation(attention)
     return model
@@ -163,37 +148,41 @@ def random_tokens(n: int, rng: random.Random) -> list[int]:
     return [rng.randrange(1, 500) for _ in range(n)]
 
 
-def new_root(prompt: int, rng: random.Random) -> Node:
-    return Node(tokens=random_tokens(prompt, rng))
-
-
-def draw(model, nodes: list[Node], tokens: int, generator: torch.Generator) -> None:
-    """tree_grpo.sample with nothing that ends a node early, and nothing to begin below it."""
-    counts, how = Counter(), (lambda tokens: False, set(), generator, 1.0, 1.0)
-    attend(model, "token_tree")
-    tree_grpo.sample(model, nodes, [tokens] * len(nodes), *how, counts, keep=False)
-    assert counts["generated_tokens"] == len(nodes) * tokens
+def stars(rows: int, lanes: int, prompt: int, rng: random.Random) -> list[Node]:
+    """Below each of `rows` random prompts so many nodes without tokens."""
+    roots = [Node(tokens=random_tokens(prompt, rng)) for _ in range(rows)]
+    return [Node(root) for root in roots for _ in range(lanes)]
 
 
 # ---------------------------------------------------------------------------------------- A. sampling
+def sample_ours(model, shape: tuple, leaf: int, rng: random.Random, generator: torch.Generator) -> None:
+    """Leaves of so many tokens by tree_grpo.sample, with nothing that ends one early, and nothing to begin below it."""
+    nodes, counts = stars(*shape, rng), Counter()
+    draws = generator, 1.0, 1.0, counts
+    attend(model, "token_tree")
+    tree_grpo.sample(model, nodes, [leaf] * len(nodes), lambda tokens: False, set(), *draws, keep=False)
+    assert counts["generated_tokens"] == len(nodes) * leaf
+
+
+def sample_theirs(model, shape: tuple, leaf: int, rng: random.Random) -> None:
+    rows, lanes, prompt = shape
+    ids = torch.tensor([random_tokens(prompt, rng) for _ in range(rows)], device=model.device)
+    ids = ids.repeat_interleave(lanes, 0)
+    how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0, "eos_token_id": None}
+    how |= {"min_new_tokens": leaf, "max_new_tokens": leaf}
+    out = attend(model, "sdpa").generate(ids, attention_mask=torch.ones_like(ids), **how)
+    assert out.shape == (rows * lanes, prompt + leaf)
+
+
 def sampling(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
     print(f"\n## A. Sampling ({size})")
     model, lines = sampling_model(new_model(size, device)), []
     rng, generator = random.Random(0), torch.Generator(device).manual_seed(0)
     for rows, lanes, prompt, leaf in shapes["A"]:
         # Each call has new prompts, as each step of training has, so that no cache of them helps.
-        def ours(rows=rows, lanes=lanes, prompt=prompt, leaf=leaf):
-            roots = [new_root(prompt, rng) for _ in range(rows)]
-            draw(model, [Node(root) for root in roots for _ in range(lanes)], leaf, generator)
-
-        def theirs(rows=rows, lanes=lanes, prompt=prompt, leaf=leaf):
-            ids = torch.tensor([random_tokens(prompt, rng) for _ in range(rows)], device=device)
-            ids = ids.repeat_interleave(lanes, 0)
-            how = {"do_sample": True, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-            how |= {"min_new_tokens": leaf, "max_new_tokens": leaf, "eos_token_id": None}
-            out = attend(model, "sdpa").generate(ids, attention_mask=torch.ones_like(ids), **how)
-            assert out.shape == (rows * lanes, prompt + leaf)
-
+        shape = rows, lanes, prompt
+        ours = functools.partial(sample_ours, model, shape, leaf, rng, generator)
+        theirs = functools.partial(sample_theirs, model, shape, leaf, rng)
         a, b = timed([ours, theirs], repeats, device)
         name = f"{rows} x {lanes}", f"{prompt} + {leaf}"
         speed = f"{rows * lanes * leaf / a:,.0f}", f"{b / a:.2f} x"
@@ -213,17 +202,13 @@ def other_advantages(groups: list[Group]) -> list[Group]:
     return [g._replace(advantages=torch.randn(len(g.leaves), 1)) for g in groups]
 
 
-def write_random(nodes: list[Node], tokens: int, rng: random.Random) -> None:
-    for node in nodes:
-        node.tokens, node.logps = random_tokens(tokens, rng), [0.0] * tokens
-
-
 def star(rows: int, leaves: int, prompt: int, leaf: int) -> list[Group]:
     """Trees without inner forks: random prompts, and below each its leaves."""
     rng = random.Random(0)
-    roots = [new_root(prompt, rng) for _ in range(rows)]
-    write_random([Node(root) for root in roots for _ in range(leaves)], leaf, rng)
-    return [with_advantages(root, 1 / rows) for root in roots]
+    nodes = stars(rows, leaves, prompt, rng)
+    for node in nodes:
+        node.tokens, node.logps = random_tokens(leaf, rng), [0.0] * leaf
+    return [with_advantages(root, 1 / rows) for root in dict.fromkeys(node.parent for node in nodes)]
 
 
 def autocast(device: torch.device):
@@ -248,17 +233,14 @@ def packed_backward(model, groups: list[Group], old, device: torch.device) -> fl
 
 
 def padded_backward(model, groups: list[Group], packed: Packed, old, device: torch.device) -> float:
-    """The same from right-padded leaves, the head at sampled tokens only. Of `packed` only the
-    places are used to which the log-probs go."""
+    """The same from right-padded leaves, the head at sampled tokens only. Of `packed` only the places are used to which
+    the log-probs go."""
     attend(model, "sdpa")
     paths = [leaf.path() for group in groups for leaf in group.leaves]
     ids = [torch.tensor([token for node in path for token in node.tokens]) for path in paths]
-    drawn = []
-    for path in paths:
-        marks = [[True] * len(n.logps) + [False] * (len(n.tokens) - len(n.logps)) for n in path]
-        drawn.append(torch.tensor(list(itertools.chain(*marks))))
-    ids = pad_sequence(ids, True).to(device)
-    read = pad_sequence(drawn, True)[:, 1:].to(device)
+    drawn = [torch.tensor([i < len(n.logps) for n in path for i in range(len(n.tokens))]) for path in paths]
+    ids, read = (pad_sequence(x, True).to(device) for x in (ids, drawn))
+    read = read[:, 1:]
     with autocast(device):  # causal, so the padding on the right is never seen
         hidden = model.model(ids, use_cache=False).last_hidden_state
         logits = tree_grpo.full_precision(model.lm_head(hidden[:, :-1][read]))
@@ -271,21 +253,16 @@ def padded_backward(model, groups: list[Group], packed: Packed, old, device: tor
 
 
 def compare_row(name: list, model, groups: list[Group], repeats: int, device: torch.device) -> list:
-    """Path tokens / unique tokens; seconds, and MiB at the peak, padded and packed, forward and
-    backward with all that prepares them."""
+    """Path tokens / unique tokens; seconds, and MiB at the peak, padded and packed, forward and backward with all that
+    prepares them."""
     paths = [leaf.path() for group in groups for leaf in group.leaves]
     ratio = sum(map(length, paths)) / length({node for path in paths for node in path})
     packed = Packed(groups, device)
     with torch.no_grad(), autocast(device):  # a little off the present, so that the loss depends
         old = tree_grpo.packed_logps(attend(model, "token_tree"), packed)
         old += 0.1 * torch.randn_like(old)
-
-    def pack():
-        return packed_backward(model, groups, old, device)
-
-    def pad():
-        return padded_backward(model, groups, packed, old, device)
-
+    pack = functools.partial(packed_backward, model, groups, old, device)
+    pad = functools.partial(padded_backward, model, groups, packed, old, device)
     one, mine, other = pack(), [p.grad.clone() for p in model.parameters()], pad()
     far = sum(float((p.grad - g).square().sum()) for p, g in zip(model.parameters(), mine))
     gap = math.sqrt(far / sum(float(g.square().sum()) for g in mine))
@@ -295,9 +272,7 @@ def compare_row(name: list, model, groups: list[Group], repeats: int, device: to
     del mine
     a, b = timed([pack, pad], repeats, device)
     small, large = peak_memory(pack, device), peak_memory(pad, device)
-    memory = ["-"] * 3
-    if small is not None:
-        memory = f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"
+    memory = ["-"] * 3 if small is None else [f"{large:.1f}", f"{small:.1f}", f"{large / max(small, 0.1):.2f} x"]
     attend(model, "token_tree")
     speed = f"{b:.3f}", f"{a:.3f}", f"{b / a:.2f} x", f"{b / a / ratio:.2f}"
     return [*name, f"{ratio:.2f}", *speed, *memory]
@@ -317,10 +292,11 @@ def training(size: str, shapes: dict, device: torch.device, repeats: int) -> Non
     show(f"stars: rows x leaves x (prompt + leaf), width|{TRAINING}", lines)
     if size != "tiny":
         return
-    (model, tokenizer), lines = built_in(device), []
+    usual = tiny_args(tree_grpo, sft_steps=120, device=str(device))
+    (model, tokenizer), lines = common.warm_started(tree_grpo, usual), []
     trees = ((2, 2, 1), (2, 2, 2), (4, 4, 1), (2, 4, 2))
     for topk, (M, N, L) in itertools.product((1, 4), trees):
-        args = tiny_args(tree_grpo, device=str(device), M=M, N=N, L=L, topk=topk)
+        args = dataclasses.replace(usual, M=M, N=N, L=L, topk=topk)
         found, _ = rollouts(tree_grpo, actor_of(tree_grpo, model, tokenizer, args), 0)
         groups = other_advantages(credits(tree_grpo, found, args, 0))
         name = [f"M {M}, N {N}, L {L}, topk {topk}", sum(len(group.leaves) for group in groups)]
@@ -328,31 +304,25 @@ def training(size: str, shapes: dict, device: torch.device, repeats: int) -> Non
     show(f"the script's own trees, 16 prompts|leaves|{TRAINING}", lines)
 
 
-def built_in(device: torch.device):
-    args = tiny_args(tree_grpo, sft_steps=120, device=str(device))
-    return tree_grpo.built_in_model(args, device)
-
-
 # ------------------------------------------------------------------------------------ E. a decode step
 def bandwidth(device: torch.device) -> float:
     """Bytes per second of memory, the best of reading a tensor larger than caches, and copying."""
     x = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     y = torch.empty_like(x)
-    read, copied = timed([x.sum, lambda: y.copy_(x)], 5, device, min)
+    read, copied = map(min, in_turns([x.sum, lambda: y.copy_(x)], 5, device))
     return max(x.nbytes / read, 2 * x.nbytes / copied)
 
 
 @torch.inference_mode()
 def decode_step(model, shape: tuple, device: torch.device, repeats: int) -> tuple:
-    """Seconds of a step that runs a token in each lane and draws the next (on CUDA recorded, a mean
-    over the tokens between two looks of the host); seconds of the head alone; and the bytes of the
-    keys and values that the step attends to."""
+    """Seconds of a step that runs a token in each lane and draws the next (on CUDA recorded, a mean over the tokens
+    between two looks of the host); seconds of the head alone; and the bytes of the keys and values that the step
+    attends to."""
     rng, (rows, lanes, prompt, own) = random.Random(0), shape
-    roots = [new_root(prompt, rng) for _ in range(rows)]
-    tree_grpo.compute(model, roots)
-    above = []
-    for root in roots:
-        above += [Node(root, random_tokens(own, rng)) for _ in range(lanes)]
+    above = stars(rows, lanes, prompt, rng)
+    for node in above:
+        node.tokens = random_tokens(own, rng)
+    tree_grpo.compute(model, [node.parent for node in above])
     flight = Lanes(model, [Node(node) for node in above])
     flight.catch_up()
     generator = torch.Generator(device).manual_seed(0)
@@ -373,14 +343,13 @@ def decode_step(model, shape: tuple, device: torch.device, repeats: int) -> tupl
 def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
     speed = bandwidth(device)
     print(f"\n## E. A decode step against reading weights and live keys and values once ({size})\n")
-    print("The bound is the bytes of the parameters and of all keys and values that a step attends")
     print(
-        f"to, a prompt's counted once, over the measured {speed / 1e9:,.1f} GB/s of memory. 1 is a"
+        "The bound is the bytes of the parameters and of all keys and values that a step attends to, a prompt's counted"
     )
     print(
-        "step that only reads; above it are arithmetic, the calls of some hundred operations, and"
+        f"once, over the measured {speed / 1e9:,.1f} GB/s of memory. 1 is a step that only reads; above it are arithmetic,"
     )
-    print("keys, values and scores that are read or written more than once.")
+    print("the calls of some hundred operations, and keys, values and scores that are read or written more than once.")
     model, lines = sampling_model(new_model(size, device)), []
     for shape in shapes["E"]:
         whole, head, kept = decode_step(model, shape, device, repeats)
@@ -398,7 +367,7 @@ def treerl_trees(device: torch.device, repeats: int) -> None:
     print("\n## F. treerl.py on its built-in task, 16 prompts\n")
     print("Tree and chains generate about as many tokens.")
     usual = tiny_args(treerl, sft_steps=200, device=str(device))
-    model, tokenizer = treerl.built_in_model(usual, device)
+    model, tokenizer = common.warm_started(treerl, usual)
 
     def search(method: str, M: int, N: int = 0, L: int = 0, T: int = 1):
         args = dataclasses.replace(usual, method=method, M=M, N=N, L=L, T=T)
@@ -431,8 +400,8 @@ WAYS = ("one per step", "per wave", "kept")
 class Alone(graph_gpo.Player):
     """A prompt of its own for each step: nothing is shared."""
 
-    def prompt(self, task, told: list[str]) -> Node:
-        shared = super().prompt(task, told)
+    def prompt(self, task, k: int) -> Node:
+        shared = super().prompt(task, k)
         task.prompts.clear()
         task.root.children.clear()
         return Node(Node(tokens=task.root.tokens), shared.tokens)
@@ -450,17 +419,13 @@ def alone_groups(tasks: list, args) -> list[Group]:
 def iteration(way: str, model, tokenizer, args, step: int) -> dict[str, float]:
     """Tokens and seconds of one iteration, sampling and training, of one way."""
     args.kept_tokens = {"kept": 10**9}.get(way, 0)
-    player = (Alone if way == WAYS[0] else graph_gpo.Player)(
-        model, tokenizer, args, graph_gpo.House
-    )
+    kind = Alone if way == WAYS[0] else graph_gpo.Player
+    player = kind(model, tokenizer, args, common.task_of(graph_gpo, args))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     began = time.perf_counter()
     tasks, counts = rollouts(graph_gpo, player, step)
     middle = time.perf_counter()
-    if way == WAYS[0]:
-        groups = alone_groups(tasks, args)
-    else:
-        groups = credits(graph_gpo, tasks, args, step)
+    groups = alone_groups(tasks, args) if way == WAYS[0] else credits(graph_gpo, tasks, args, step)
     graph_gpo.update(model, None, optimizer, groups, args)
     end, trained = time.perf_counter(), 0
     for batch in graph_gpo.micro_batches(groups, args.micro_tokens):
@@ -475,16 +440,14 @@ def sharing(repeats: int, trained: int = 60) -> None:
     print("\n## G. Sharing prompts in graph_gpo.py")
     args, lines = tiny_args(graph_gpo, kl_coef=0.0), []
     with tempfile.TemporaryDirectory() as folder:
-        device = torch.device("cpu")
-        model, tokenizer = graph_gpo.built_in_model(args, graph_gpo.House, device)
-        graph_gpo.save_model(Path(folder, "start"), model, tokenizer)
+        graph_gpo.save_model(Path(folder, "start"), *common.warm_started(graph_gpo, args))
         told = {"model": f"{folder}/start", "lr": 5e-4, "max_tokens": 8, "device": "cpu"}
         told |= {"steps": trained, "eval_tasks": 1, "out": f"{folder}/out"}
         with contextlib.redirect_stdout(sys.stderr):
             graph_gpo.main(flags(told))
         policies = {"warm-started": "start", f"after {trained} steps": "out/final"}
         for (policy, path), args.history in itertools.product(policies.items(), (0, 2)):
-            model, tokenizer = graph_gpo.load_model(f"{folder}/{path}", device)
+            model, tokenizer = graph_gpo.load_model(f"{folder}/{path}", CPU)
             found = {way: [] for way in WAYS}
             for step in range(repeats + 1):
                 for way in WAYS:
@@ -504,8 +467,7 @@ def sharing(repeats: int, trained: int = 60) -> None:
 
 # --------------------------------------------------------------------------------------- H. its graph
 def grid(n: int, seed: int = 0) -> list[graph_gpo.Transition]:
-    """n transitions of random rollouts of 50 steps, on a grid with n / 10 fields of which one is
-    the goal."""
+    """n transitions of random rollouts of 50 steps, on a grid with n / 10 fields of which one is the goal."""
     rng, side, found, rollout = random.Random(seed), max(3, round((n / 10) ** 0.5)), [], 0
     goal = (side // 2, side // 2)
     while len(found) < n:
@@ -528,30 +490,21 @@ def graph(repeats: int) -> None:
     for n in (10**3, 10**4, 10**5, 10**6):
         transitions = grid(n)
         rewards = [float(t.next_state is graph_gpo.SUCCESS) for t in transitions]
-        ways = [
-            lambda t=transitions: graph_gpo.goal_distances(t),
-            lambda t=transitions: graph_gpo.graph_advantages(t),
-            lambda t=transitions, r=rewards: graph_gpo.gigpo_advantages(t, r),
-        ]
-        seconds = timed(ways, repeats, torch.device("cpu"))
+        ways = [functools.partial(way, transitions) for way in (graph_gpo.goal_distances, graph_gpo.graph_advantages)]
+        ways.append(functools.partial(graph_gpo.gigpo_advantages, transitions, rewards))
+        seconds = timed(ways, repeats, CPU)
         states = len(graph_gpo.goal_distances(transitions))
         lines.append([f"{n:,}", f"{states:,}", *(f"{s:.4f}" for s in seconds)])
     show("transitions|states|goal_distances, s|graph_advantages, s|gigpo_advantages, s", lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ...")
-    parts = tuple("ABEFGH")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
-    parser.add_argument(
-        "--model", choices=("tiny", *SIZES), help="default: tiny on a CPU, both Qwens on CUDA"
-    )
-    parser.add_argument(
-        "--repeats", type=int, help="timed calls of each way (default: 5 on a CPU, 2 on CUDA)"
-    )
+    parser.add_argument("--parts", nargs="+", choices=tuple("ABEFGH"), default=tuple("ABEFGH"), help="default: all")
+    sizes = ("tiny", *SIZES)
+    parser.add_argument("--model", choices=sizes, help="default: tiny on a CPU, both Qwens on CUDA")
+    parser.add_argument("--repeats", type=int, help="timed calls of each way (default: 5 on a CPU, 2 on CUDA)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -566,12 +519,9 @@ def main() -> None:
     jobs = []
     for size in [args.model] if args.model else SIZES if cuda else ["tiny"]:
         shapes = TINY if size == "tiny" else QWEN if cuda else QWEN_ON_CPU
-        for part in [part for part in args.parts if part in of_models]:
-            jobs.append((part, of_models[part], (size, shapes, device, repeats)))
-    others = {"F": (treerl_trees, (device, repeats)), "G": (sharing, (repeats,))}
-    others["H"] = (graph, (repeats,))
-    jobs += [(part, *others[part]) for part in args.parts if part in others]
-    for part, job, how in jobs:
+        jobs += [(part, job, (size, shapes, device, repeats)) for part, job in of_models.items()]
+    jobs += [("F", treerl_trees, (device, repeats)), ("G", sharing, (repeats,)), ("H", graph, (repeats,))]
+    for part, job, how in [job for job in jobs if job[0] in args.parts]:
         try:
             job(*how)
         except Exception as error:  # on a GPU other parts may still fit into its memory

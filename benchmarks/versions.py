@@ -4,8 +4,9 @@
 
 Prints a Markdown table of medians of CPU seconds; look at the ratios."""
 
-import argparse
+import functools
 import importlib.util
+import itertools
 import random
 import statistics
 import sys
@@ -13,9 +14,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import common
+import speed
 import torch
 from common import table, tree_grpo
-from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Qwen2ForCausalLM
 
 SAMPLED = [(8, 16, 64, 96), (8, 6, 200, 60), (4, 30, 400, 64), (16, 4, 64, 32), (16, 2, 16, 64)]
 TRAINED = [(8, 16, 64, 96, 128), (8, 16, 192, 48, 128), (4, 30, 32, 24, 128), (4, 6, 200, 60, 256)]
@@ -29,21 +32,10 @@ def loaded(folder: str):
 
 
 def model_for(module, width: int = 128):
-    config = Qwen2Config(
-        vocab_size=512,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32768,
-        tie_word_embeddings=True,
-    )
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(config).eval()
+    model = Qwen2ForCausalLM(speed.config_of((width, 3, 4, 2, 2 * width, 512))).eval()
     AttentionInterface.register(f"{module.__name__}_tree", module.token_tree)
-    model.set_attn_implementation(f"{module.__name__}_tree")
-    return model
+    return speed.attend(model, f"{module.__name__}_tree")
 
 
 def node(module, parent, tokens: list[int], sampled: bool):
@@ -55,8 +47,8 @@ def node(module, parent, tokens: list[int], sampled: bool):
     return new
 
 
-def sampling(module, model, shape: tuple, top_p: float, seed: int) -> None:
-    rows, lanes, prompt, leaf = shape
+def sampling(module, model, shape: tuple, top_p: float, seeds) -> None:
+    (rows, lanes, prompt, leaf), seed = shape, next(seeds)
     rng = random.Random(seed)
     roots = [node(module, None, rng.choices(range(512), k=prompt), False) for _ in range(rows)]
     nodes = [module.Node(root) for root in roots for _ in range(lanes)]
@@ -79,47 +71,32 @@ def updating(module, model, shape: tuple) -> None:
     module.update(model, None, optimizer, groups, module.Args(dtype="float32", kl_coef=0.0))
 
 
-def in_turns(ways: list, repeats: int) -> list[str]:
-    seconds = []
-    for i in range(repeats + 1):
-        pair = [0.0, 0.0]
-        for which in (0, 1) if i % 2 else (1, 0):
-            began = time.process_time()
-            ways[which](i)
-            pair[which] = time.process_time() - began
-        seconds.append(pair)
-    before, now = zip(*seconds[1:])
-    ratio = statistics.median(b / a for a, b in seconds[1:])
+def compared(ways: list, repeats: int) -> list[str]:
+    before, now = speed.in_turns(ways, repeats, clock=time.process_time)
+    ratio = statistics.median(b / a for a, b in zip(before, now))
     return [f"{statistics.median(before):.3f}", f"{statistics.median(now):.3f}", f"{ratio:.2f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("folder", help="with the scripts of commit e8a22ce")
     parser.add_argument("--repeats", type=int, default=9)
     options = parser.parse_args()
     modules, rows = (loaded(options.folder), tree_grpo), []
     models = [model_for(module) for module in modules]
-    for top_p in (1.0, 0.95):
-        for shape in SAMPLED:
-            name = "sampling {} x {}, {} + {}".format(*shape)
-            ways = []
-            for m, model in zip(modules, models):
-                ways.append(
-                    lambda i, m=m, model=model, s=shape, p=top_p: sampling(m, model, s, p, i)
-                )
-            rows.append([f"{name}, top-p {top_p}", *in_turns(ways, options.repeats)])
-    for shape in TRAINED:
+    for top_p, shape in itertools.product((1.0, 0.95), SAMPLED):
         ways = []
-        for m in modules:
-            model = model_for(m, shape[-1])
-            ways.append(lambda i, m=m, model=model, s=shape: updating(m, model, s))
+        for module, model in zip(modules, models):
+            how = module, model, shape, top_p, itertools.count()
+            ways.append(functools.partial(sampling, *how))
+        name = "sampling {} x {}, {} + {}, top-p ".format(*shape) + str(top_p)
+        rows.append([name, *compared(ways, options.repeats)])
+    for shape in TRAINED:
+        ways = [functools.partial(updating, module, model_for(module, shape[-1]), shape) for module in modules]
         name = "update {} x {} x ({} + {}), width {}".format(*shape)
-        rows.append([name, *in_turns(ways, options.repeats)])
+        rows.append([name, *compared(ways, options.repeats)])
     print(f"torch {torch.__version__}, float32, medians of {options.repeats}\n")
-    print(table(["rows x lanes, prompt + leaf", "before, s", "now, s", "now / before"], rows))
+    print(table("rows x lanes, prompt + leaf|before, s|now, s|now / before", rows))
 
 
 if __name__ == "__main__":

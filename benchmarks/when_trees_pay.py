@@ -4,50 +4,40 @@
     python benchmarks/when_trees_pay.py trees      one of the parts: trees, tokens, graphs
     python benchmarks/when_trees_pay.py --report   no runs: tables and figures of the estimates
 
-No language model: the policy is a table of logits, and success is known for each choice. So the
-gradient of the success rate J is known, and estimators can be compared. Let g be what one computes
-from one prompt, and u the unit vector along the gradient of J. The signal-to-noise ratio of g is
-(E[g] . u)^2 / E|g - E[g]|^2; it grows in proportion to the number of prompts whose g are averaged,
-so it is divided by the number of steps that a prompt costs. All figures are ratios of this to that
-of a baseline: an estimator with the ratio 2 needs half the steps for the same ratio of signal to
-noise.
+No language model: the policy is a table of logits, and success is known for each choice. So the gradient of the success
+rate J is known, and estimators can be compared. Let g be what one computes from one prompt, and u the unit vector along
+the gradient of J. The signal-to-noise ratio of g is (E[g] . u)^2 / E|g - E[g]|^2; it grows in proportion to the number
+of prompts whose g are averaged, so it is divided by the number of steps that a prompt costs. All figures are ratios of
+this to that of a baseline: an estimator with the ratio 2 needs half the steps for the same ratio of signal to noise.
 
-"trees": T steps of 4 actions. Success if action 0 is taken at each decisive step; its rate is that
-of action 0, at every step. Tree-GRPO's tree_search, tree_advantages and grpo_loss, and RLOO; a
-node is a step.
-"tokens": the same with T = 16 tokens, of which the policy is more or less sure. TreeRL's eptree and
-step_rewards.
-"graphs": random worlds of 8 states, of which each has one action that leads nearer to success. The
-others lead back, or, if there are fewer loops, to failure. graph_advantages, gigpo_advantages and
-episode_advantages.
+"trees": T steps of 4 actions. Success if action 0 is taken at each decisive step; its rate is that of action 0, at every
+step. Tree-GRPO's tree_search, tree_advantages and grpo_loss, and RLOO; a node is a step.
+"tokens": the same with T = 16 tokens, of which the policy is more or less sure. TreeRL's eptree and step_rewards.
+"graphs": random worlds of 8 states, of which each has one action that leads nearer to success. The others lead back, or,
+if there are fewer loops, to failure. graph_advantages, gigpo_advantages and episode_advantages.
 
-Forks that look at what is known (the paper draws nodes uniformly): "mixed" draws the deepest node
-whose leaves so far differ in reward, "few" draws a node with a weight of 1 / (leaves below it),
-both need a second round to know anything.
-"learned" draws a node by its depth d: the weight is v(d) / (steps that a fork at d draws), where
-v(d) is the variance of the rewards among leaves below one node of depth d, pooled over the prompts
-before; one draw in ten is uniform.
+Forks that look at what is known (the paper draws nodes uniformly): "mixed" draws the deepest node whose leaves so far
+differ in reward, "few" draws a node with a weight of 1 / (leaves below it), both need a second round to know anything.
+"learned" draws a node by its depth d: the weight is v(d) / (steps that a fork at d draws), where v(d) is the variance of
+the rewards among leaves below one node of depth d, pooled over the prompts before; one draw in ten is uniform.
 """
 
-import argparse
 import functools
 import itertools
-import json
 import math
-import multiprocessing
-import os
 import random
+import re
 import statistics
-import unittest.mock
+from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is loaded; two processes share a CPU
-
+import common
 import torch
 import torch.nn.functional as F
-from common import RESULTS, graph_gpo, half_width, read_rows, table, tree_grpo, treerl
+from common import graph_gpo, half_width, in_processes, pyplot, read_rows, table, tree_grpo, treerl, write_rows
 from released import random_forks
 from torch import Tensor
 
+FILE = "when_trees_pay.jsonl"
 PROMPTS = {"trees": 4000, "tokens": 3000, "graphs": 1000}
 BLOCKS = 20  # of prompts, for the standard errors
 ACTIONS = 4
@@ -69,12 +59,11 @@ def true_gradient(probs: Tensor, decisive: tuple[int, ...]) -> Tensor:
 
 
 def gradients(probs, rows, actions, A, weight, owner) -> Tensor:
-    """The gradient of the script's loss with respect to the logits, for each prompt: (prompts,
-    *probs.shape).
+    """The gradient of the script's loss with respect to the logits, for each prompt: (prompts, *probs.shape).
 
-    A sequence is a leaf's path or, in a graph, a step. rows, actions: (sequences, length), the row
-    of `probs` that a token was drawn from, and the token; A: (sequences,) or (sequences, length);
-    weight: (sequences,), as in the scripts' Group; owner: (sequences,), the prompt."""
+    A sequence is a leaf's path or, in a graph, a step. rows, actions: (sequences, length), the row of `probs` that a
+    token was drawn from, and the token; A: (sequences,) or (sequences, length); weight: (sequences,), as in the
+    scripts' Group; owner: (sequences,), the prompt."""
     logp = probs.log()[rows, actions].requires_grad_()
     loss, _ = tree_grpo.grpo_loss(logp, logp.detach(), None, A, torch.ones_like(logp))
     # of each token's gradient of log pi, the factor in minus the loss; and that gradient
@@ -86,9 +75,8 @@ def gradients(probs, rows, actions, A, weight, owner) -> Tensor:
 
 
 def marks(g: Tensor, truth: Tensor, cost: float) -> dict[str, float]:
-    """Of an estimator g, a row per prompt: "log" of its signal-to-noise ratio per unit of cost; the
-    "error" of that by the jackknife over blocks of prompts; "cosine" of the mean of g and the
-    truth."""
+    """Of an estimator g, a row per prompt: "log" of its signal-to-noise ratio per unit of cost; the "error" of that by
+    the jackknife over blocks of prompts; "cosine" of the mean of g and the truth."""
     g, u = g.flatten(1), F.normalize(truth.flatten(), dim=0)
 
     def measure(g: Tensor) -> float:
@@ -104,16 +92,14 @@ def marks(g: Tensor, truth: Tensor, cost: float) -> dict[str, float]:
 
 
 def distance(g: Tensor, truth: Tensor) -> float:
-    """Of the mean of g from the truth in standard errors, root mean square: about 1 if g is not
-    biased."""
+    """Of the mean of g from the truth in standard errors, root mean square: about 1 if g is not biased."""
     error = g.std(0) / len(g) ** 0.5
     return ((g.mean(0) - truth) / error)[error > 1e-12].pow(2).mean().sqrt().item()
 
 
 # --------------------------------------------------------------------------- agent steps: Tree-GRPO
 class Drawn(random.Random):
-    """The paper's choice of nodes, uniform; and what a rule may look at. tree_search calls
-    `choices`."""
+    """The paper's choice of nodes, uniform; and what a rule may look at. tree_search calls `choices`."""
 
     def weights(self, nodes: list) -> list[float]:
         return [1.0] * len(nodes)
@@ -174,17 +160,35 @@ class Learned(Drawn):
 
 @functools.cache
 def leaf_advantages(rewards: tuple, trees: tuple, terms: str) -> list[float]:
-    """tree_advantages of the script, or leave-one-out rewards; kept, as there are few patterns of
-    rewards."""
+    """tree_advantages of the script, or leave-one-out rewards; kept, as there are few patterns of rewards."""
     R = torch.tensor(rewards, dtype=torch.float64)
     if terms == "rloo":
         return treerl.leave_one_out(R).tolist()
     return tree_grpo.tree_advantages(R, torch.tensor(trees), terms=terms).tolist()
 
 
+def credits_of(root, terms: str) -> list[float]:
+    """Of each leaf below the root."""
+    leaves = root.leaves()
+    return leaf_advantages(tuple(leaf.reward for leaf in leaves), tuple(leaf.tree for leaf in leaves), terms)
+
+
+def estimate(probs: Tensor, roots: list, credit) -> Tensor:
+    """The gradients of one tree per prompt; credit(root): of each leaf a number, or one for each token of its path."""
+    actions, A, weight, owner = [], [], [], []
+    for i, root in enumerate(roots):
+        leaves = root.leaves()
+        actions += [[token for node in leaf.path() for token in node.tokens] for leaf in leaves]
+        A += credit(root)
+        weight += [1 / len(leaves)] * len(leaves)
+        owner += [i] * len(leaves)
+    actions, owner = torch.tensor(actions), torch.tensor(owner)
+    A, weight = (torch.tensor(x, dtype=torch.float64) for x in (A, weight))
+    return gradients(probs, torch.arange(len(probs)).expand_as(actions), actions, A, weight, owner)
+
+
 def grow_trees(probs: Tensor, decisive: tuple, shape: tuple, rule, prompts: int, seed: int):
-    """(the trees of each prompt, by the script's tree_search; steps drawn and observations read,
-    per prompt)."""
+    """(the trees of each prompt, by the script's tree_search; steps drawn and observations read, per prompt)."""
     T, generator, rng = len(probs), torch.Generator().manual_seed(seed), rule(seed)
     drawn = read = 0
 
@@ -204,12 +208,11 @@ def grow_trees(probs: Tensor, decisive: tuple, shape: tuple, rule, prompts: int,
     for start in range(-batch * (rule is Learned), prompts, batch):  # one batch more, to learn from
         if start == 0:
             drawn = read = 0
-        groups = [(None, tree_grpo.Node()) for _ in range(batch)]
-        tree_grpo.tree_search(play, groups, *shape, rng)
-        for _, root in groups:
+        new = [tree_grpo.Node() for _ in range(batch)]
+        tree_grpo.tree_search(play, [(None, root) for root in new], *shape, rng)
+        for root in new:
             rng.observe(root)
-        if start >= 0:
-            roots += [root for _, root in groups]
+        roots += new if start >= 0 else []
     return roots, drawn / prompts, read / prompts
 
 
@@ -242,27 +245,11 @@ def trees_job(T: int, decisive: tuple, rate: float, prompts: int) -> list[dict]:
     for name in SHAPES if rate == 0.5 else FEW_SHAPES:
         *shape, rule = SHAPES[name]
         roots, drawn, read = grow_trees(probs, right, shape, rule, prompts, seed=0)
-        groups = [root.leaves() for root in roots]
-        G = len(groups[0])
-        actions = torch.tensor(
-            [[node.tokens[0] for node in leaf.path()[1:]] for leaves in groups for leaf in leaves]
-        )
-        steps = torch.arange(T).expand_as(actions)
-        owner = torch.arange(prompts).repeat_interleave(G)
-        weight = torch.full((prompts * G,), 1 / G, dtype=torch.float64)
         for terms in TERMS_OF.get(name, ("both",)):
-            A = []
-            for leaves in groups:
-                rewards = tuple(leaf.reward for leaf in leaves)
-                A += leaf_advantages(rewards, tuple(leaf.tree for leaf in leaves), terms)
-            A = torch.tensor(A, dtype=torch.float64)
-            g = gradients(probs, steps, actions, A, weight, owner)
-            row = {"part": "trees", "T": T, "decisive": decisive, "rate": rate}
-            row.update(shape=name, terms=terms, drawn=drawn, read=read)
-            row.update(
-                marks(g, truth, drawn), off=distance(g, truth / T) if terms == "rloo" else None
-            )
-            found.append(row)
+            g = estimate(probs, roots, functools.partial(credits_of, terms=terms))
+            row = {"part": "trees", "T": T, "decisive": decisive, "rate": rate, "shape": name, "terms": terms}
+            row |= {"drawn": drawn, "read": read, **marks(g, truth, drawn)}
+            found.append({**row, "off": distance(g, truth / T) if terms == "rloo" else None})
     return found
 
 
@@ -290,15 +277,10 @@ TOKEN_ARMS = {  # arm -> M, N, L, T of eptree, forks, credit
 
 def token_advantages(root, credit: str) -> list[list[float]]:
     """Of each leaf below the root, a number per token: R(s) of its segment, or the leaf's own."""
-    leaves = root.leaves()
     if credit != "R(s)":
-        A = leaf_advantages(tuple(leaf.reward for leaf in leaves), (0,) * len(leaves), credit)
-        return [[a] * TOKENS for a in A]
-    nodes = root.below()
-    number = {node: i for i, node in enumerate(nodes)}
-    parents = [-1, *(number[node.parent] for node in nodes[1:])]
-    R = treerl.step_rewards(parents, {number[leaf]: leaf.reward for leaf in leaves}).tolist()
-    return [[R[number[node]] for node in leaf.path()[1:] for _ in node.tokens] for leaf in leaves]
+        return [[a] * TOKENS for a in credits_of(root, credit)]
+    R = treerl.process_rewards(root, "treerl")
+    return [[R[node] for node in leaf.path()[1:] for _ in node.tokens] for leaf in root.leaves()]
 
 
 def grow_solutions(probs: Tensor, decisive: tuple, shape: tuple, forks: str, prompts: int):
@@ -319,7 +301,7 @@ def grow_solutions(probs: Tensor, decisive: tuple, shape: tuple, forks: str, pro
 
     groups = [(None, treerl.Node()) for _ in range(prompts)]
     choose = random_forks(rng) if forks == "random" else treerl.fork_points
-    with unittest.mock.patch.object(treerl, "fork_points", choose):
+    with mock.patch.object(treerl, "fork_points", choose):
         treerl.eptree(play, groups, *shape, lambda problem, leaf: TOKENS)
     return [root for _, root in groups], drawn / prompts
 
@@ -330,17 +312,7 @@ def tokens_job(case: str, prompts: int) -> list[dict]:
     truth, found = true_gradient(probs, decisive), []
     for arm, (shape, forks, credit) in TOKEN_ARMS.items():
         roots, drawn = grow_solutions(probs, decisive, shape, forks, prompts)
-        actions, A, weight, owner = [], [], [], []
-        for i, root in enumerate(roots):
-            leaves = root.leaves()
-            actions += [[token for node in leaf.path() for token in node.tokens] for leaf in leaves]
-            A += token_advantages(root, credit)
-            weight += [1 / len(leaves)] * len(leaves)
-            owner += [i] * len(leaves)
-        actions, owner = torch.tensor(actions), torch.tensor(owner)
-        A, weight = (torch.tensor(x, dtype=torch.float64) for x in (A, weight))
-        steps = torch.arange(TOKENS).expand_as(actions)
-        g = gradients(probs, steps, actions, A, weight, owner)
+        g = estimate(probs, roots, functools.partial(token_advantages, credit=credit))
         row = {"part": "tokens", "case": case, "arm": arm, "drawn": drawn, **marks(g, truth, drawn)}
         found.append({**row, "off": distance(g, truth / TOKENS) if arm == RLOO else None})
     return found
@@ -359,18 +331,15 @@ TERMS = {  # credit -> the weights of A_E, of GiGPO's step term and of A_G
 
 
 def make_world(loops: float, seed: int) -> tuple[list[list[int]], Tensor]:
-    """(next state of each state and action, STATES for success and -1 for failure; a policy
-    (STATES, ACTIONS)).
+    """(next state of each state and action, STATES for success and -1 for failure; a policy (STATES, ACTIONS)).
 
-    States are numbered by nearness: action 0 leads to the next one, or to the one after it. Another
-    one leads to a state no nearer with probability `loops`, else to failure. The policy is random,
-    and takes action 0 as often as makes it succeed at the SUCCESS_RATE."""
+    States are numbered by nearness: action 0 leads to the next one, or to the one after it. Another one leads to a
+    state no nearer with probability `loops`, else to failure. The policy is random, and takes action 0 as often as
+    makes it succeed at the SUCCESS_RATE."""
     rng = random.Random(f"{seed}/{loops}")
     leads = []
     for state in range(STATES):
-        others = [
-            rng.randrange(state + 1) if rng.random() < loops else -1 for _ in range(ACTIONS - 1)
-        ]
+        others = [rng.randrange(state + 1) if rng.random() < loops else -1 for _ in range(ACTIONS - 1)]
         leads.append([min(state + rng.choice((1, 2)), STATES), *others])
     generator = torch.Generator().manual_seed(rng.getrandbits(60))
     logits = torch.randn(STATES, ACTIONS, generator=generator, dtype=torch.float64)
@@ -418,8 +387,7 @@ def play_world(leads: list[list[int]], cumulative: list[list[float]], K: int, rn
 
 
 def within_states(mean: Tensor, truth: Tensor) -> float:
-    """The cosine that the mean would have with the truth if each state's part of it had the true
-    length."""
+    """The cosine that the mean would have with the truth if each state's part of it had the true length."""
     parts = F.normalize(mean, dim=1) * truth.norm(dim=1, keepdim=True)
     return F.cosine_similarity(parts.flatten(), truth.flatten(), dim=0).item()
 
@@ -441,8 +409,7 @@ def graphs_job(loops: float, seed: int, prompts: int) -> list[dict]:
             weight += [1 / len(group)] * len(group)
             owner += [prompt] * len(group)
         credits, weight = torch.cat(credits, 1), torch.tensor(weight, dtype=torch.float64)
-        places = torch.tensor(states)[:, None], torch.tensor(actions)[:, None]
-        steps = len(states) / prompts
+        places, steps = (torch.tensor(states)[:, None], torch.tensor(actions)[:, None]), len(states) / prompts
         for name, factors in TERMS.items():
             A = torch.tensor(factors, dtype=torch.float64) @ credits
             g = gradients(probs, *places, A, weight, torch.tensor(owner))
@@ -455,27 +422,29 @@ def graphs_job(loops: float, seed: int, prompts: int) -> list[dict]:
 # --------------------------------------------------------------------------------- runs and reports
 def jobs_of(part: str, prompts: int) -> list[tuple]:
     """(function, its arguments): a job for each row of a map, or for each world."""
-    if part == "trees":
-        return [
-            (trees_job, (T, decisive, rate, prompts))
-            for rate in RATES
-            for T, rows in WHERE.items()
-            for decisive in rows
-            if rate ** len(decisive) > 0.01  # else hardly a prompt succeeds
-        ]
     if part == "tokens":
         return [(tokens_job, (case, prompts)) for case in CASES]
-    return [(graphs_job, (loops, seed, prompts)) for loops in LOOPS for seed in range(WORLDS)]
+    if part == "graphs":
+        return [(graphs_job, (loops, seed, prompts)) for loops in LOOPS for seed in range(WORLDS)]
+    rows = itertools.product(RATES, ((T, decisive) for T, rows in WHERE.items() for decisive in rows))
+    # Where rate ** decisive steps is small hardly a prompt succeeds.
+    return [(trees_job, (*row, rate, prompts)) for rate, row in rows if rate ** len(row[1]) > 0.01]
 
 
 def do(job: tuple) -> list[dict]:
     function, arguments = job
-    torch.set_num_threads(1)
     return function(*arguments)
 
 
-def read_results() -> list[dict]:
-    return read_rows("when_trees_pay.jsonl")
+@functools.cache
+def results(part: str, *names: str) -> dict[tuple, list[dict]]:
+    """The rows of a part by what they have under these names, in their order."""
+    found = {}
+    for row in read_rows(FILE):
+        if row["part"] == part:
+            key = tuple(tuple(row[name]) if isinstance(row[name], list) else row[name] for name in names)
+            found.setdefault(key, []).append(row)
+    return found
 
 
 def ratio(row: dict, base: dict) -> str:
@@ -485,10 +454,8 @@ def ratio(row: dict, base: dict) -> str:
     return f"{value:.2f} ± {error:.2f}"
 
 
-def label(T: int, decisive: list[int]) -> str:
-    if len(decisive) == T:
-        return f"all {T}"
-    return f"{' and '.join(map(str, decisive))} of {T}"
+def label(T: int, decisive: tuple[int, ...]) -> str:
+    return f"all {T}" if len(decisive) == T else f"{' and '.join(map(str, decisive))} of {T}"
 
 
 TREE_COLUMNS = {  # title -> shape, terms; the first six at all rates
@@ -505,136 +472,6 @@ TREE_COLUMNS = {  # title -> shape, terms; the first six at all rates
     "1, 5, 1, learned": ("1, 5, 1 learned", "both"),
     "2, 2, 2, learned": ("2, 2, 2 learned", "both"),
 }
-
-
-def trees_map() -> dict[tuple, dict[tuple, dict]]:
-    """(rate, T, decisive) -> (shape, terms) -> row."""
-    found = {}
-    for row in read_results():
-        if row["part"] == "trees":
-            key = (row["rate"], row["T"], tuple(row["decisive"]))
-            found.setdefault(key, {})[row["shape"], row["terms"]] = row
-    return found
-
-
-def per_forwarded(row: dict, observed: int) -> dict:
-    """The row with its cost counted in forwarded tokens, so many of an observation for each token
-    of an action."""
-    forwarded = row["drawn"] + observed * row["read"]
-    return {**row, "log": row["log"] + math.log(row["drawn"] / forwarded)}
-
-
-def trees_table(columns: list[str]) -> str:
-    lines = []
-    for (rate, T, decisive), rows in trees_map().items():
-        keys = [TREE_COLUMNS[column] for column in columns]
-        if all(key in rows for key in keys):
-            cells = [ratio(rows[key], rows[CHAINS, "inter"]) for key in keys]
-            cosine = f"{rows[TREE, 'both']['cosine']:.3f}"
-            lines.append([label(T, decisive), f"{rate}", *cells, cosine])
-    return table(("decisive steps", "rate", *columns, "cosine of 2, 2, 1"), lines)
-
-
-def observations_table() -> str:
-    """Of the tree 2, 2, 1 at the rate .5, against 4 chains: the longer the observations, the more
-    is shared."""
-    lines = []
-    for (rate, T, decisive), rows in trees_map().items():
-        if rate == 0.5:
-            both = rows[TREE, "both"], rows[CHAINS, "inter"]
-            cells = [
-                ratio(*(per_forwarded(row, observed) for row in both)) for observed in OBSERVED
-            ]
-            lines.append([label(T, decisive), *cells])
-    return table(("decisive steps", *(f"{n} observed" for n in OBSERVED)), lines)
-
-
-def tokens_map() -> dict[str, dict[str, dict]]:
-    """case -> arm -> row."""
-    found = {}
-    for row in read_results():
-        if row["part"] == "tokens":
-            found.setdefault(row["case"], {})[row["arm"]] = row
-    return found
-
-
-def tokens_table() -> str:
-    lines = []
-    for case, rows in tokens_map().items():
-        base = rows[RLOO]
-        lines.append([case, *(ratio(rows[arm], base) for arm in TOKEN_ARMS if arm != RLOO)])
-    return table(("decisive tokens, and where the policy is unsure", *list(TOKEN_ARMS)[1:]), lines)
-
-
-@functools.cache
-def graphs_map() -> dict[tuple, list[dict]]:
-    """(loops, K, credit) -> the rows of all worlds, in their order."""
-    found = {}
-    for row in read_results():
-        if row["part"] == "graphs":
-            found.setdefault((row["loops"], row["K"], row["credit"]), []).append(row)
-    return found
-
-
-def graphs_table() -> str:
-    """Geometric means over worlds of the ratio to A_E, with the 95 % interval over them; and mean
-    cosines."""
-    lines = []
-    for loops, K in itertools.product(LOOPS, GROUPS):
-        found = {credit: graphs_map()[loops, K, credit] for credit in TERMS}
-        line = [f"{loops}", str(K), f"{statistics.mean(row['steps'] for row in found['A_E']):.1f}"]
-        for credit, rows in found.items():
-            if credit != "A_E":
-                logs = [row["log"] - base["log"] for row, base in zip(rows, found["A_E"])]
-                middle, half = statistics.mean(logs), half_width(logs)
-                low, high = math.exp(middle - half), math.exp(middle + half)
-                line.append(f"{math.exp(middle):.2f} ({low:.2f} to {high:.2f})")
-            line.append(f"{statistics.mean(row['cosine'] for row in rows):.2f}")
-        line.append(f"{statistics.mean(row['within'] for row in found['A_G']):.2f}")
-        lines.append(line)
-    columns = [title for credit in list(TERMS)[1:] for title in (credit, "its cosine")]
-    head = ("loops", "K", "steps a rollout", "cosine of A_E", *columns, "cosine within states")
-    return table(head, lines)
-
-
-def pointing(row: dict, groups: int) -> float:
-    """About the cosine of the mean over so many groups with the true gradient: its noise averages
-    out, and where its mean points elsewhere does not."""
-    signal = groups * math.exp(row["log"]) * row["steps"] * row["K"]
-    return (1 / row["cosine"] ** 2 + 1 / signal) ** -0.5
-
-
-def mean_pointing(loops: float, K: int, credit: str, groups: int) -> float:
-    return statistics.mean(pointing(row, groups) for row in graphs_map()[loops, K, credit])
-
-
-def pointing_table() -> str:
-    cases = list(itertools.product((1, 16), TERMS))
-    lines = []
-    for loops, K in itertools.product(LOOPS, GROUPS):
-        cells = [f"{mean_pointing(loops, K, credit, groups):.2f}" for groups, credit in cases]
-        lines.append([f"{loops}", str(K), *cells])
-    titles = [f"{credit}, {groups} group{'s' * (groups > 1)}" for groups, credit in cases]
-    return table(("loops", "K", *titles), lines)
-
-
-def tables() -> str:
-    at_all_rates, at_half = list(TREE_COLUMNS)[:6], list(TREE_COLUMNS)[6:]
-    trees = trees_table(at_all_rates), trees_table(at_half), observations_table()
-    return "\n\n".join((*trees, tokens_table(), graphs_table(), pointing_table()))
-
-
-def heat_map(axis, rows: list[str], columns: list[str], logs: list[list[float]]) -> None:
-    """Ratios as numbers on green (above 1) or red (below)."""
-    axis.imshow(logs, cmap="RdYlGn", vmin=-math.log(3), vmax=math.log(3), aspect="auto")
-    axis.set_xticks(range(len(columns)), columns, fontsize=8)
-    axis.set_yticks(range(len(rows)), rows, fontsize=9)
-    for y, x in itertools.product(range(len(rows)), range(len(columns))):
-        color = "white" if abs(logs[y][x]) > 0.9 else "black"
-        number = f"{math.exp(logs[y][x]):.2f}"
-        axis.text(x, y, number, ha="center", va="center", fontsize=9, color=color)
-
-
 TITLES = {  # column of the first figure -> of the table
     "6 chains": "6 chains",
     "tree\n2, 2, 1": "2, 2, 1",
@@ -646,85 +483,164 @@ TITLES = {  # column of the first figure -> of the table
 }
 
 
+def trees_map() -> dict[tuple, dict[tuple, dict]]:
+    """(rate, T, decisive) -> (shape, terms) -> row."""
+    found = results("trees", "rate", "T", "decisive")
+    return {key: {(row["shape"], row["terms"]): row for row in rows} for key, rows in found.items()}
+
+
+def per_forwarded(row: dict, observed: int) -> dict:
+    """The row with its cost counted in forwarded tokens, so many of an observation for each token of an action."""
+    forwarded = row["drawn"] + observed * row["read"]
+    return {**row, "log": row["log"] + math.log(row["drawn"] / forwarded)}
+
+
+def trees_table(columns: list[str]) -> str:
+    lines, keys = [], [TREE_COLUMNS[column] for column in columns]
+    for (rate, T, decisive), rows in trees_map().items():
+        if all(key in rows for key in keys):
+            cells = [ratio(rows[key], rows[CHAINS, "inter"]) for key in keys]
+            lines.append([label(T, decisive), rate, *cells, f"{rows[TREE, 'both']['cosine']:.3f}"])
+    return table(("decisive steps", "rate", *columns, "cosine of 2, 2, 1"), lines)
+
+
+def observations_table() -> str:
+    """Of the tree 2, 2, 1 at the rate .5, against 4 chains: the longer the observations, the more is shared."""
+    lines = []
+    for (rate, T, decisive), rows in trees_map().items():
+        if rate == 0.5:
+            both = rows[TREE, "both"], rows[CHAINS, "inter"]
+            cells = [ratio(*(per_forwarded(row, observed) for row in both)) for observed in OBSERVED]
+            lines.append([label(T, decisive), *cells])
+    return table(("decisive steps", *(f"{n} observed" for n in OBSERVED)), lines)
+
+
+def tokens_map() -> dict[str, dict[str, dict]]:
+    """case -> arm -> row."""
+    return {case: {row["arm"]: row for row in rows} for (case,), rows in results("tokens", "case").items()}
+
+
+def tokens_table() -> str:
+    arms = list(TOKEN_ARMS)[1:]
+    lines = [[case, *(ratio(rows[arm], rows[RLOO]) for arm in arms)] for case, rows in tokens_map().items()]
+    return table(("decisive tokens, and where the policy is unsure", *arms), lines)
+
+
+def of_worlds(loops: float, K: int, credit: str) -> list[dict]:
+    """The rows of all worlds, in their order."""
+    return results("graphs", "loops", "K", "credit")[loops, K, credit]
+
+
+def graphs_table() -> str:
+    """Geometric means over worlds of the ratio to A_E, with the 95 % interval over them; and mean cosines."""
+    lines = []
+    for loops, K in itertools.product(LOOPS, GROUPS):
+        found = {credit: of_worlds(loops, K, credit) for credit in TERMS}
+        line = [loops, K, f"{statistics.mean(row['steps'] for row in found['A_E']):.1f}"]
+        for credit, rows in found.items():
+            if credit != "A_E":
+                logs = [row["log"] - base["log"] for row, base in zip(rows, found["A_E"])]
+                middle, half = statistics.mean(logs), half_width(logs)
+                value, low, high = map(math.exp, (middle, middle - half, middle + half))
+                line.append(f"{value:.2f} ({low:.2f} to {high:.2f})")
+            line.append(f"{statistics.mean(row['cosine'] for row in rows):.2f}")
+        lines.append([*line, f"{statistics.mean(row['within'] for row in found['A_G']):.2f}"])
+    columns = [title for credit in list(TERMS)[1:] for title in (credit, "its cosine")]
+    return table(("loops", "K", "steps a rollout", "cosine of A_E", *columns, "cosine within states"), lines)
+
+
+def pointing(row: dict, groups: int) -> float:
+    """About the cosine of the mean over so many groups with the true gradient: its noise averages out, and where its
+    mean points elsewhere does not."""
+    signal = groups * math.exp(row["log"]) * row["steps"] * row["K"]
+    return (1 / row["cosine"] ** 2 + 1 / signal) ** -0.5
+
+
+def mean_pointing(loops: float, K: int, credit: str, groups: int) -> float:
+    return statistics.mean(pointing(row, groups) for row in of_worlds(loops, K, credit))
+
+
+def pointing_table() -> str:
+    cases = list(itertools.product((1, 16), TERMS))
+    lines = []
+    for loops, K in itertools.product(LOOPS, GROUPS):
+        lines.append([loops, K, *(f"{mean_pointing(loops, K, credit, groups):.2f}" for groups, credit in cases)])
+    titles = [f"{credit}, {groups} group{'s' * (groups > 1)}" for groups, credit in cases]
+    return table(("loops", "K", *titles), lines)
+
+
+def tables() -> str:
+    at_all_rates, at_half = list(TREE_COLUMNS)[:6], list(TREE_COLUMNS)[6:]
+    trees = trees_table(at_all_rates), trees_table(at_half), observations_table()
+    return "\n\n".join((*trees, tokens_table(), graphs_table(), pointing_table()))
+
+
+def heat_map(name: str, height: float, rows: list[str], columns: list[str], logs: list[list[float]], **text) -> None:
+    """Ratios as numbers on green (above 1) or red (below)."""
+    figure, axis = pyplot().subplots(figsize=(9, height), layout="constrained")
+    axis.imshow(logs, cmap="RdYlGn", vmin=-math.log(3), vmax=math.log(3), aspect="auto")
+    axis.set_xticks(range(len(columns)), columns, fontsize=8)
+    axis.set_yticks(range(len(rows)), rows, fontsize=9)
+    for y, x in itertools.product(range(len(rows)), range(len(columns))):
+        how = {"ha": "center", "va": "center", "fontsize": 9, "color": "white" if abs(logs[y][x]) > 0.9 else "black"}
+        axis.text(x, y, f"{math.exp(logs[y][x]):.2f}", **how)
+    axis.set(**text)
+    figure.savefig(common.RESULTS / name, dpi=100)
+
+
 def figures() -> None:
     """when_trees_pay.png: Tree-GRPO at a rate of .5; with _tokens TreeRL; with _graphs GraphGPO."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     names, logs = [], []
     for (rate, T, decisive), rows in trees_map().items():
         if rate == 0.5:
-            base = rows[CHAINS, "inter"]["log"]
             names.append(f"step {label(T, decisive)}" if len(decisive) == 1 else label(T, decisive))
+            base = rows[CHAINS, "inter"]["log"]
             logs.append([rows[TREE_COLUMNS[column]]["log"] - base for column in TITLES.values()])
-    figure, axis = plt.subplots(figsize=(9, 4.8), layout="constrained")
-    heat_map(axis, names, list(TITLES), logs)
-    axis.set_ylabel("where the outcome is decided")
-    axis.set_title(
-        "What a drawn step is worth, against one of 4 chains (GRPO): above 1 the tree pays"
-    )
-    figure.savefig(RESULTS / "when_trees_pay.png", dpi=100)
+    title = "What a drawn step is worth, against one of 4 chains (GRPO): above 1 the tree pays"
+    ylabel = "where the outcome is decided"
+    heat_map("when_trees_pay.png", 4.8, names, list(TITLES), logs, title=title, ylabel=ylabel)
 
-    figure, axis = plt.subplots(figsize=(9, 3.6), layout="constrained")
     found, arms = tokens_map(), list(TOKEN_ARMS)[1:]
     logs = [[rows[arm]["log"] - rows[RLOO]["log"] for arm in arms] for rows in found.values()]
-    columns = [
-        arm.replace(" random", "\nrandom").replace(" outcomes", "\noutcomes") for arm in arms
-    ]
-    heat_map(axis, list(found), [column.replace(", GRPO", "\nGRPO") for column in columns], logs)
-    axis.set_title("TreeRL: what a drawn token is worth, against one of 18 chains (RLOO)")
-    figure.savefig(RESULTS / "when_trees_pay_tokens.png", dpi=100)
+    columns = [re.sub(r",? (random|outcomes|GRPO)", r"\n\1", arm) for arm in arms]
+    title = "TreeRL: what a drawn token is worth, against one of 18 chains (RLOO)"
+    heat_map("when_trees_pay_tokens.png", 3.6, list(found), columns, logs, title=title)
 
-    figure, axes = plt.subplots(1, len(LOOPS), figsize=(11, 3.2), sharey=True, layout="constrained")
+    figure, axes = pyplot().subplots(1, len(LOOPS), figsize=(11, 3.2), sharey=True, layout="constrained")
     numbers = [2**i for i in range(7)]
     for axis, loops in zip(axes, LOOPS):
         for credit in list(TERMS)[:3]:
             curve = [mean_pointing(loops, 8, credit, groups) for groups in numbers]
             axis.plot(numbers, curve, "o-", markersize=3, label=credit)
         axis.set_xscale("log", base=2)
-        axis.set_title(f"loops {loops}")
-        axis.set_xlabel("groups of 8 rollouts")
+        axis.set(title=f"loops {loops}", xlabel="groups of 8 rollouts")
     axes[0].set_ylabel("cosine with the true gradient")
     axes[0].legend()
-    figure.savefig(RESULTS / "when_trees_pay_graphs.png", dpi=100)
+    figure.savefig(common.RESULTS / "when_trees_pay_graphs.png", dpi=100)
+
+
+def rounded(row: dict) -> dict:
+    return {name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PROMPTS)} (default: all)")
-    parser.add_argument(
-        "--prompts", type=int, help="per estimate, a multiple of 200 (default: 4000; 3000; 1000)"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=2, help="side by side, each with one thread"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="no runs: tables and figures of the results there are"
-    )
+    prompts = "per estimate, a multiple of 200 (default: 4000; 3000; 1000)"
+    parser.add_argument("--prompts", type=int, help=prompts)
+    parser.add_argument("--processes", type=int, default=2, help="side by side, each with one thread")
+    parser.add_argument("--report", action="store_true", help="no runs: tables and figures of the results there are")
     options = parser.parse_args()
     if unknown := set(options.parts) - PROMPTS.keys():
         parser.error(f"no such part: {', '.join(unknown)}")
     if not options.report:
         parts = options.parts or list(PROMPTS)
-        kept = [row for row in read_results() if row["part"] not in parts]
+        kept = [row for row in read_rows(FILE) if row["part"] not in parts]
         jobs = [job for part in parts for job in jobs_of(part, options.prompts or PROMPTS[part])]
-        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
-            for rows in tree_grpo.tqdm(pool.imap(do, jobs), total=len(jobs)):
-                kept += rows
-        with open(RESULTS / "when_trees_pay.jsonl", "w") as file:
-            file.writelines(json.dumps(rounded(row)) + "\n" for row in kept)
+        new = [rounded(row) for rows in in_processes(do, jobs, options.processes, None) for row in rows]
+        write_rows(common.RESULTS / FILE, kept + new)
     print(tables())
     figures()
-
-
-def rounded(row: dict) -> dict:
-    return {
-        name: round(value, 5) if isinstance(value, float) else value for name, value in row.items()
-    }
 
 
 if __name__ == "__main__":
