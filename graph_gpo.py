@@ -34,6 +34,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -227,7 +228,7 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if first == 0:
         log("eval", 0, player.evaluate())
-    signals, picture = catch_signals(), load_beside("pictures.py")
+    signals, picture = catch_signals(), load_beside("pictures.py", "graph_gpo")
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
@@ -254,8 +255,8 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
         n = args.K * len(tasks)
         row["reward"] = sum(sum(task.returns) for task in tasks) / n
         row["success"] = sum(sum(task.won) for task in tasks) / n
-        prompts = [length([task.root, *task.root.children]) for task in tasks]
-        row["prompt_tokens_training"] = sum(prompts)
+        prompts = [node for task in tasks for node in (task.root, *task.root.children)]
+        row["prompt_tokens_training"] = length(prompts)
         row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
@@ -510,8 +511,7 @@ class Lanes:
 
 
 def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
-    """The keys and values that the nodes of each path hold, in a row, then zeros: (layers, 2, KV
-    heads, paths, room, head size)."""
+    """What nodes hold, path by path, then zeros: (layers, 2, KV heads, paths, room, head size)."""
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
@@ -861,7 +861,7 @@ class Player:
                 raise ValueError(f"one seed begins in several ways: {set(starts)}")
         text, K = starts[0][0], len(envs)
         root = Node(tokens=encode(self.tokenizer, f"Task: {text}\n", self.before))
-        told = [[seen] for seen, _ in begun]
+        told = [[str(seen)] for seen, _ in begun]
         states = [state for _, state in starts]
         return Task(text, root, [0.0] * K, [False] * K, [], envs, states, told)
 
@@ -872,7 +872,7 @@ class Player:
         context = self.model.config.max_position_embeddings
         room = context - len(task.root.tokens) - len(tail) - self.args.max_tokens
         if room < 1:
-            raise BadInput(f"--model: a context of {context} is too short for {task.text[-40:]!r}")
+            raise BadInput(f"--model: a context of {context} tokens is too short")
         rest = self.encode("".join(task.told[k][-1 - self.args.history :]))[-room:] + tail
         if tuple(rest) not in task.prompts:
             task.prompts[tuple(rest)] = Node(task.root, rest)
@@ -882,8 +882,8 @@ class Player:
         """What the policy wants to do: what it wrote between the last <action> tags, or else in its
         last line."""
         text = self.tokenizer.decode(node.tokens, skip_special_tokens=True).strip()
-        tagged = text.rpartition("</action>")[0].rpartition("<action>")[2]
-        return " ".join((tagged or text.rpartition("\n")[2]).split())
+        tagged = re.findall(r"<action>(.*?)</action>", text, re.DOTALL)
+        return " ".join((tagged or text.split("\n"))[-1].split())
 
     def act(self, live: list[tuple[Task, int]], generator, temperature: float, counts: Counter):
         """The next action of each rollout, a node below its prompt."""
@@ -903,9 +903,10 @@ class Player:
     def play(self, seeds, K: int, generator, temperature: float, counts: Counter, held_out=False):
         """K rollouts of each seed's task, in waves of one step each. What is computed of a prompt
         is kept for when it is met again, up to --kept-tokens. Returns the tasks."""
-        self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
-        worlds = batches(self.envs, K)
-        tasks = [self.begin(seed, envs, held_out) for seed, envs in zip(seeds, worlds)]
+        with blame("--env"):
+            self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
+        worlds = zip(seeds, batches(self.envs, K))
+        tasks = [self.begin(*world, held_out) for world in worlds]
         live = [(task, k) for task in tasks for k in range(K)]
         for _ in range(self.args.max_steps):
             if not live:
@@ -913,7 +914,7 @@ class Player:
             nodes = self.act(live, generator, temperature, counts)
             counts["env_steps"] += len(live)
             going = [self.step(task, k, node, counts) for (task, k), node in zip(live, nodes)]
-            live = [rollout for rollout, goes_on in zip(live, going) if goes_on]
+            live = list(itertools.compress(live, going))
             forget(nodes)
             kept = [node for task in tasks for node in task.root.children if node.cached]
             if length(kept) > self.args.kept_tokens:
@@ -923,17 +924,19 @@ class Player:
 
     def step(self, task: Task, k: int, node: Node, counts: Counter) -> bool:
         """Take a rollout's action in its world. Does it go on? Not where the world fails, which
-        counts as a step that changes nothing."""
+        counts as a valid step that changes nothing and earns 0."""
         action, before = self.action(node), task.states[k]
         try:
             seen, reward, terminated, truncated, info = task.envs[k].step(action)
             seen, reward, state = str(seen), float(reward), info.get("state", seen)
             hash(state)
-        except Exception as error:  # noqa: BLE001 (a world may fail in any way; its rollout ends)
-            reason = f"{type(error).__name__}: {error}"
-            tqdm.write(f"the world failed at {action!r}: {reason}", file=sys.stderr)
+            if not math.isfinite(reward):
+                raise ValueError(f"a reward of {reward}")
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (a world may fail in any way; its rollout ends)
+            tqdm.write(f"the world failed at {action!r}: {error!r}", file=sys.stderr)
             seen, reward, state, terminated, truncated, info = "", 0.0, before, False, True, {}
             counts["world_errors"] += 1
+            self.envs.remove(task.envs[k])  # the next rollout gets another one
         task.returns[k] += reward
         task.won[k] = bool(terminated) and reward > 0
         after = state
@@ -966,10 +969,8 @@ class Player:
         failed, successful = (steps[won, True] + steps[won, False] for won in (False, True))
         row["progress_in_failed"] = steps[False, True] / failed if failed else None
         row["waste_in_successful"] = steps[True, False] / successful if successful else None
-        text = (
-            f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}.\n\n~~~~text\n"
-        )
-        text += "".join(task.told[0]) + "\n~~~~\n"
+        text = f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
+        text += f"\n\n~~~~text\n{''.join(task.told[0])}\n~~~~\n"
         Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
         return row
 
@@ -990,8 +991,7 @@ def blame(what: str):
 
 
 def load_named(flag: str, spec: str):
-    """FILE.py:NAME or FILE.py:NAME:TEXT -> what the file calls NAME, and [] or [TEXT]. The file may
-    import what lies beside it."""
+    """FILE.py:NAME[:TEXT] -> what the file calls NAME, and [TEXT]; it may import its neighbours."""
     path, _, name = spec.partition(".py:")
     name, *text = name.split(":", 1)
     path = Path(f"{path}.py").resolve()
@@ -1003,10 +1003,10 @@ def load_named(flag: str, spec: str):
         return getattr(module, name), text
 
 
-def load_beside(file: str):
+def load_beside(file: str, name: str):
     """What a file of envs/ has for this script; None where the script was copied without it."""
-    spec = f"{ENVS}/{file}:{Path(__file__).stem}"
-    return load_named("--env", spec)[0] if ENVS.exists() else None
+    path = ENVS / file
+    return load_named("--env", f"{path}:{name}")[0] if path.exists() else None
 
 
 def encode(tokenizer, text: str, before: str = "", after: str = "") -> list[int]:
@@ -1038,7 +1038,7 @@ def end_tokens(model, tokenizer) -> set[int]:
     """The tokens that end a text, or a turn of a chat."""
     eos = model.generation_config.eos_token_id
     known = eos if isinstance(eos, list) else [eos]
-    return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
+    return {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>"), *known}
 
 
 KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
@@ -1083,8 +1083,7 @@ def quiet_transformers() -> None:
 def policy_and_reference(args, model, start: str):
     """The model that samples, on CUDA a copy in bfloat16, else `model` itself; and the KL term's
     reference, the model of the folder or hub id `start`, or None."""
-    # cuDNN's attention would plan, up to a second, for every new shape.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans, up to a second, for every new shape
     if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
         old_name = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
@@ -1098,10 +1097,10 @@ def policy_and_reference(args, model, start: str):
 
 
 def resume_run(args, given: set[str]):
-    """--resume -> the arguments, those of the run unless others are given now, its newest
-    checkpoint's folder, and its state."""
-    if own := given & {"model", "env", "data", "method", "out"}:
-        raise BadInput(f"--{min(own)}: a run that is continued keeps its own; leave it out")
+    """--resume -> arguments (the run's but for those given), newest checkpoint's folder, state."""
+    fixed = {"model", "env", "data", "method", "out", "eval_prompts", "skip_bad_records"}
+    if own := ", ".join(sorted(given & fixed)):
+        raise BadInput(f"--resume: leave out {own}; a run that is continued keeps its own")
     with blame(f"--resume {args.resume}: no run to continue"):
         newest = max(Path(args.resume).glob("checkpoint-*/state.pt"), default=None)
         if newest is None:
@@ -1245,7 +1244,8 @@ def parse_args(cls, argv: list[str]):
     for name, value in given.items():
         least = 0 if name in MAY_BE_0 or not getattr(cls, name) else 1e-12
         most = 1 if name in AT_MOST_1 else 1e15
-        if isinstance(value, (int, float)) and name != "success" and not least <= value <= most:
+        least = -most if name == "success" else least
+        if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: out of range")
     if "log" in given and not importlib.util.find_spec(given["log"]):
         fail(f"--log {given['log']}: pip install {given['log']}")
@@ -1295,22 +1295,21 @@ def main(argv: list[str]) -> None:
         env = make_env()
         for held_out in (True, False):
             env.reset(seed=0, options={"held_out": held_out})[1]["task"]
+    start = load_beside("tiny.py", "graph_gpo")
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         player = Player(model, tokenizer, args, make_env)
         player.prompt(player.begin(0, player.envs, True), 0)  # raises BadInput if it does not fit
-    elif not ENVS.exists() or not all(hasattr(env, name) for name in ("words", "demonstrate")):
-        raise BadInput(
-            "--model: give one, as the world has no words and demonstrate(), or no envs/"
-        )
+    elif not all([start, hasattr(env, "words"), hasattr(env, "demonstrate")]):
+        raise BadInput("--model: needed without envs/, or if --env has no words, demonstrate()")
     out = make_folder(args)
     if not weights:
-        model, tokenizer = load_beside("tiny.py")(sys.modules[__name__], args, make_env, device)
+        model, tokenizer = start(sys.modules[__name__], args, make_env, device)
         save_model(out / "start", model, tokenizer)
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     player = Player(policy, tokenizer, args, make_env)
-    what = f"tasks of {args.env or 'the house'}, {args.eval_tasks} held out"
-    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {what}", flush=True)
+    tasks = f"tasks of {args.env or 'the house'}, {args.eval_tasks} held out"
+    print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {tasks}", flush=True)
     train(args, model, reference, player, state)
 
 

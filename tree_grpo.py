@@ -155,7 +155,7 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
         save_checkpoint(out, 0, model, tokenizer, optimizer, args)
     if first == 0:
         log("eval", 0, evaluate(agent))
-    signals, picture = catch_signals(), load_beside("pictures.py")
+    signals, picture = catch_signals(), load_beside("pictures.py", "tree_grpo")
     bar = tqdm(range(first, args.steps), "training", initial=first, total=args.steps, unit="step")
     for step in bar:
         began = time.perf_counter()
@@ -443,8 +443,7 @@ class Lanes:
 
 
 def gather_kv(model, paths: list[list[Node]], room: int) -> Tensor:
-    """The keys and values that the nodes of each path hold, in a row, then zeros: (layers, 2, KV
-    heads, paths, room, head size)."""
+    """What nodes hold, path by path, then zeros: (layers, 2, KV heads, paths, room, head size)."""
     c = model.config
     D = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     shape = (c.num_hidden_layers, 2, c.num_key_value_heads, len(paths), room, D)
@@ -756,7 +755,7 @@ class Agent:
     task is what --env makes: `training`, a list of questions, or an empty one if draw(rng) gives
     them; `held_out`; search([(question, query), ...]) -> a text for each; reward(question, turns),
     R(H), from the texts that the policy wrote. A question has a `text`. Optional: `instruction`,
-    told to a chat model before a question. For the tiny model: `words`, texts of one token each
+    told before a question. For the tiny model: `words`, texts of one token each
     (others it spells), and demonstrate(question, rng) -> the turns of an episode, pairs of what the
     agent writes and what the search finds."""
 
@@ -821,8 +820,9 @@ class Agent:
                 elif action:
                     asked.append((question, node, action[2].strip()))
             queries = [(question, query) for question, _, query in asked]
-            found = self.task.search(queries) if queries else []
-            found = dict(zip((node for _, node, _ in asked), found))
+            with blame("--env: search()"):
+                found = self.task.search(queries) if queries else []
+                found = dict(zip((node for _, node, _ in asked), found, strict=True))
             counts["tool_calls"] += len(asked)
             going = []
             for question, node in live:
@@ -856,8 +856,7 @@ def blame(what: str):
 
 
 def load_named(flag: str, spec: str):
-    """FILE.py:NAME or FILE.py:NAME:TEXT -> what the file calls NAME, and [] or [TEXT]. The file may
-    import what lies beside it."""
+    """FILE.py:NAME[:TEXT] -> what the file calls NAME, and [TEXT]; it may import its neighbours."""
     path, _, name = spec.partition(".py:")
     name, *text = name.split(":", 1)
     path = Path(f"{path}.py").resolve()
@@ -869,10 +868,10 @@ def load_named(flag: str, spec: str):
         return getattr(module, name), text
 
 
-def load_beside(file: str):
+def load_beside(file: str, name: str):
     """What a file of envs/ has for this script; None where the script was copied without it."""
-    spec = f"{ENVS}/{file}:{Path(__file__).stem}"
-    return load_named("--env", spec)[0] if ENVS.exists() else None
+    path = ENVS / file
+    return load_named("--env", f"{path}:{name}")[0] if path.exists() else None
 
 
 def encode(tokenizer, text: str, before: str = "", after: str = "") -> list[int]:
@@ -904,7 +903,7 @@ def end_tokens(model, tokenizer) -> set[int]:
     """The tokens that end a text, or a turn of a chat."""
     eos = model.generation_config.eos_token_id
     known = eos if isinstance(eos, list) else [eos]
-    return {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>"), *known}
+    return {tokenizer.eos_token_id, tokenizer.get_vocab().get("<|im_end|>"), *known}
 
 
 KINDS = ("glm4", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
@@ -949,8 +948,7 @@ def quiet_transformers() -> None:
 def policy_and_reference(args, model, start: str):
     """The model that samples, on CUDA a copy in bfloat16, else `model` itself; and the KL term's
     reference, the model of the folder or hub id `start`, or None."""
-    # cuDNN's attention would plan, up to a second, for every new shape.
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans, up to a second, for every new shape
     if args.grad_checkpointing:  # called activation checkpointing by newer versions of transformers
         old_name = model.gradient_checkpointing_enable
         getattr(model, "activation_checkpointing_enable", old_name)({"use_reentrant": False})
@@ -964,10 +962,10 @@ def policy_and_reference(args, model, start: str):
 
 
 def resume_run(args, given: set[str]):
-    """--resume -> the arguments, those of the run unless others are given now, its newest
-    checkpoint's folder, and its state."""
-    if own := given & {"model", "env", "data", "method", "out"}:
-        raise BadInput(f"--{min(own)}: a run that is continued keeps its own; leave it out")
+    """--resume -> arguments (the run's but for those given), newest checkpoint's folder, state."""
+    fixed = {"model", "env", "data", "method", "out", "eval_prompts", "skip_bad_records"}
+    if own := ", ".join(sorted(given & fixed)):
+        raise BadInput(f"--resume: leave out {own}; a run that is continued keeps its own")
     with blame(f"--resume {args.resume}: no run to continue"):
         newest = max(Path(args.resume).glob("checkpoint-*/state.pt"), default=None)
         if newest is None:
@@ -1148,7 +1146,8 @@ def parse_args(cls, argv: list[str]):
     for name, value in given.items():
         least = 0 if name in MAY_BE_0 or not getattr(cls, name) else 1e-12
         most = 1 if name in AT_MOST_1 else 1e15
-        if isinstance(value, (int, float)) and name != "success" and not least <= value <= most:
+        least = -most if name == "success" else least
+        if isinstance(value, (int, float)) and not least <= value <= most:
             fail(f"--{name.replace('_', '-')} {value}: out of range")
     if "log" in given and not importlib.util.find_spec(given["log"]):
         fail(f"--log {given['log']}: pip install {given['log']}")
@@ -1192,8 +1191,6 @@ def main(argv: list[str]) -> None:
         raise BadInput("--advantage intra: it is 0 for one leaf per tree; leave it out")
     if args.search_url and not args.data:
         raise BadInput("--search-url: it is for questions of a file; give --data as well")
-    if args.data and not weights:
-        raise BadInput("--data: the tiny model knows the built-in questions only; give --model")
     device = pick_device(args)
     args.lr = args.lr or (1e-6 if args.model else 5e-4)
     args.turn_tokens = args.turn_tokens or (500 if args.model else 32)
@@ -1201,6 +1198,9 @@ def main(argv: list[str]) -> None:
     make, text = load_named("--env", spec)
     with blame(f"--data {args.data}" if args.data else f"--env {spec}"):
         task = make(args, *text)
+        if not task.held_out:
+            raise ValueError("nothing is held out")
+    start = load_beside("tiny.py", "tree_grpo")
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         agent, context = Agent(model, tokenizer, args, task), model.config.max_position_embeddings
@@ -1209,13 +1209,15 @@ def main(argv: list[str]) -> None:
             items[:] = [item for item in items if len(agent.root(item).tokens) < context]
             if len(items) < count:
                 print(f"{count - len(items)} of {count} prompts are left out, as they are too long")
-        if not task.held_out:
-            raise BadInput(f"--model: a context of {context} tokens is too short")
-    elif not ENVS.exists() or not all(hasattr(task, name) for name in ("words", "demonstrate")):
-        raise BadInput("--model: give one, as the task has no words and demonstrate(), or no envs/")
+            if count and not items:
+                raise BadInput(f"--model: a context of {context} tokens is too short")
+    elif not all([start, hasattr(task, "words"), hasattr(task, "demonstrate")]):
+        raise BadInput(
+            "--model: needed with --data, without envs/, or if --env has no words, demonstrate()"
+        )
     out = make_folder(args)
     if not weights:
-        model, tokenizer = load_beside("tiny.py")(sys.modules[__name__], args, task, device)
+        model, tokenizer = start(sys.modules[__name__], args, task, device)
         save_model(out / "start", model, tokenizer)
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     items = f"{len(task.training) or 'drawn'} questions, {len(task.held_out)} held out"

@@ -100,8 +100,10 @@ def paired(gaps: list[float]) -> list[str]:
 
 
 def pyplot():
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("figures need a package: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot
 
@@ -150,7 +152,8 @@ def task_of(script, args):
 
 def warm_started(script, args) -> tuple:
     """The tiny model and its tokenizer."""
-    return script.load_beside("tiny.py")(script, args, task_of(script, args), torch.device(args.device))
+    start = script.load_beside("tiny.py", script.__name__)
+    return start(script, args, task_of(script, args), torch.device(args.device))
 
 
 def actor_of(script, model, tokenizer, args):

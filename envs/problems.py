@@ -20,9 +20,13 @@ POWER = re.compile(rf"(?<![A-Za-z])({MEASURE})\s*(?:\^\s*[23]|[²³])")  # cm^2
 VALUE = r"(?:[0-9]+\s+)?[0-9]+⁄[0-9]+|[0-9]*\.?[0-9]+"  # 2 1⁄2 is two and a half
 ALONE = re.compile(rf"[-+]?\s*(?:{VALUE}|[0-9]+/[0-9]+)")
 SIDE = re.compile(  # a calculation, and a unit that does not change its value
-    r"(?P<calculation>[-+*/().0-9⁄\s]+)"
-    r"(?!(?i:hundred|thousand|[mbtr]+illion|dozen|point|squared|cubed|k|bn)\b)"
-    r"(?!.*\b(?i:and|or|times|plus|minus)\b)(?:[A-Za-z%°¢][A-Za-z%°¢. /]*)?"
+    r"(?P<calculation>[-+*/().0-9⁄\s]*[0-9).]\s*)"
+    r"(?!(?i:hundred|thousand|[mbtr]+illion|lakh|dozen|point|squared|cubed|k|bn|quarters?)\b)"
+    r"(?![MBxi]\b)(?!.*\b(?i:and|or|times|plus|minus)\b)(?:(?:/(?=[A-Za-z]{2}))?[A-Za-z%°¢][A-Za-z%°¢. /]*)?"
+)
+NAME = re.compile(  # x, f(x), a text, or an angle's function, which is not calculated
+    r"\s*(?:\\?[A-Za-z]\w*(?:\([a-z, ]*\))?|\\text\s*\{[^{}]*\}|"
+    r"\\(?:sin|cos|tan|cot|sec|csc).*)\s*"
 )
 BASED = re.compile(r"(?:[A-Za-z]=)?(?:\\text\{)?(-?[0-9A-Z]+)\}?(?:_\{?([0-9]+)\}?)?\.?")  # 101_2
 
@@ -157,8 +161,13 @@ def is_right(answer: str | None, problem: Problem) -> bool:
     if len(said) > 1000 or len(values(ungrouped(said)) - {None}) > 1:  # 2 = 3
         return False
     gold_based, said_based = BASED.fullmatch(bare_gold), BASED.fullmatch(bare_said)
-    if gold_based and gold_based[2]:  # 101_2 is not 101, which has base 10
+    # 101 is not 101_2; but where the gold says no base, the problem does.
+    if gold_based and gold_based[2]:
         return bool(said_based) and gold_based.groups() == (said_based[1], said_based[2] or "10")
+    if "=" in said and "=" not in gold:  # x = 5 is 5, but 2 x = 5 is not
+        *others, said = said.split("=")
+        if not all(NAME.fullmatch(side) or same(said, side) for side in others):
+            return False
     tries = [(gold, said), (unmarked(gold), unmarked(said))]
     return any(same(*texts) for texts in dict.fromkeys(tries))  # once, where they are equal
 

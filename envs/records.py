@@ -16,6 +16,8 @@ def read_records(args, parse, wanted: str) -> list:
 
     parse raises ValueError("field: what is wrong") for a bad record. With --skip-bad-records these
     are left out as well; else ValueError says the first one's number, counted from 1, and field."""
+    if not args.data:
+        raise ValueError("give --data, a file or a folder")
     files = [Path(args.data)]
     if files[0].is_dir():
         files = sorted(files[0].rglob("*"))
@@ -67,7 +69,8 @@ def records_of(file: Path, place: str) -> list:
         lines = [line for line in text.split("\n") if line.strip()]
         if text[:1] == "[":
             return json.loads(text)
-        return [text] if lines[:1] == ["{"] else lines  # an object over several lines
+        over_several = bool(lines) and lines[0].strip() == "{"  # one object, indented
+        return [text] if over_several else lines
     except ImportError as error:
         raise ValueError(f"{place}{error}") from None
     except OSError as error:

@@ -57,7 +57,7 @@ class SearchServer:
     "topk": k, "return_scores": true} is answered by {"result": [hits of each query]}, where a hit
     is {"document": {"contents": "title\\ntext"}}. On this machine it is asked without a proxy.
 
-    timeout: seconds that a request may take. ValueError if no query is answered right now."""
+    timeout: about how many seconds a request may take. ValueError if no query is answered now."""
 
     def __init__(self, url: str, topk: int, timeout: float):
         self.url, self.topk, self.timeout, self.gone, self.reason = url, topk, timeout, False, ""

@@ -52,9 +52,9 @@ class Sums:
         return float(final_answer(text, problem.latex)[1] == problem.answer)
 
     def demonstrate(self, problem: Problem, rng: random.Random) -> str:
-        """The solution of one who has learned some products wrong: each has a rate of its own, from 0.1
-        to 0.9, at which a wrong value, always the same, is given for it. So much of what this teaches
-        is wrong, for reward to mend."""
+        """The solution of one who has learned some products wrong: each has a rate of its own, from
+        0.1 to 0.9, at which a wrong value, always the same, is given for it. So much of what this
+        teaches is wrong, for reward to mend."""
         lines = ""
         value, *steps = re.findall(r"(?<=from )\d+|[-+*]\d", problem.text)
         for step in steps:

@@ -63,8 +63,8 @@ class Letters:
     def decode(self, tokens, skip_special_tokens=True):
         return "".join(self.characters[token] for token in tokens if token > 1)
 
-    def convert_tokens_to_ids(self, token):
-        return None
+    def get_vocab(self):
+        return {character: i for i, character in enumerate(self.characters)}
 
 
 class Ring:

@@ -309,7 +309,7 @@ def test_a_world_that_fails_in_a_step(run, walk, worlds, out):
     assert errors == [1, 0]
     assert "world_errors" in README
     (line,) = re.findall(r"[^\r\n]*IndexError[^\r\n]*", result.stderr)
-    assert re.search(r"failed at '\w*.*': IndexError: no such", line)
+    assert re.search(r"failed at '\w*.*': IndexError..no such", line)
     assert "Traceback" not in result.stderr and "IndexError" not in result.stdout
 
 
