@@ -201,6 +201,13 @@ def test_a_reward_of_ones_own_sees_the_whole_path(chat, monkeypatch):
     assert seen == [(Question, f"<think>{SEARCH}{found}{RIGHT}")]
 
 
+def test_a_search_that_answers_too_few_queries_is_refused(chat, monkeypatch):
+    agent = agent_of(chat, lambda asked: [])
+    scripted(monkeypatch, agent.tokenizer, ["<think>" + SEARCH, RIGHT])
+    with pytest.raises(tree_grpo.BadInput, match=r"--env: search\(\): zip"):
+        play(agent)
+
+
 def test_an_end_in_a_turn_without_action_is_dropped(chat, monkeypatch):
     agent = agent_of(chat, max_turns=2)
     seen = scripted(monkeypatch, agent.tokenizer, ["It is Eve.<|im_end|>", RIGHT + "<|im_end|>"])

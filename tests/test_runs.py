@@ -56,3 +56,10 @@ def test_a_default_can_be_given_to_a_resumed_run(script, stopped):
     line = f"--resume {stopped} --kl-coef {default.kl_coef} --seed {default.seed}".split()
     found, _, _ = script.resume_run(*script.parse_args(script.Args, line))
     assert (found.kl_coef, found.seed, found.lr) == (default.kl_coef, default.seed, 0.25)
+
+
+@pytest.mark.parametrize("flag", ["model", "method", "out", "eval_prompts", "skip_bad_records", "env"])
+def test_what_a_resumed_run_keeps(script, stopped, flag):
+    """Other held-out questions would be some that it was trained on, for example."""
+    with pytest.raises(script.BadInput, match=f"--resume: leave out {flag};"):
+        script.resume_run(script.Args(resume=str(stopped)), {flag, "lr", "resume"})

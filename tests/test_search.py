@@ -730,6 +730,7 @@ FAILS = {
     "four values": lambda self: ("there", 0.5, True, False),
     "no info": lambda self: ("there", 0.5, True, False, None),
     "a reward in words": lambda self: ("there", "much", True, False, {}),
+    "no number": lambda self: ("there", float("nan"), True, False, {}),
     "an unhashable state": lambda self: ("there", 0.5, True, False, {"state": ["s2"]}),
 }
 
@@ -748,6 +749,10 @@ def test_a_world_that_fails_ends_its_own_rollout(how, monkeypatch, capsys):
     assert graph_gpo.advantages(task, player.args).isfinite().all()
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1 and "'go'" in said.err
+    # The world that failed is not used again.
+    worlds = [*Faulty.worlds]
+    (again,) = player.play([0], 3, None, 1.0, Counter())
+    assert worlds[1] not in again.envs and set(task.envs) - {worlds[1]} < set(again.envs)
 
 
 def test_a_start_that_fails_is_refused():

@@ -78,6 +78,13 @@ class Listed:
     def answer_start(self, item, text):
         return len(text)
 
+class Short(Listed):  # of several queries it answers one
+    def search(self, asked):
+        return ["found"]
+
+class Empty(Listed):
+    held_out = property(lambda self: [], lambda self, items: None)
+
 class Drawn(Listed):
     words = ["item", " 1", " 2", " write", " this"]
 
@@ -225,8 +232,25 @@ def test_a_script_that_was_copied_alone(script, fork, files, tasks, out, tmp_pat
 def test_tasks_that_cannot_be_used(run, script, files, tasks, tmp_path):
     message = refusal(run(f"--env {tasks}:Listed"))
     assert "--model" in message and "demonstrate" in message
-    wrong = {"Listed:1": "want two or more", "Listed:x": "int()", "Missing": "NAME", "json": "call"}
+    wrong = {"Empty": "held out", "Listed:1": "want two or more", "Listed:x": "int()", "Missing": "NAME", "json": "call"}
     for name, words in wrong.items():
         message = refusal(run(f"--env {tasks}:{name} --model {files / 'chat'}"))
         assert message.startswith(f"{script.name}.py: --env {tasks}:{name}: ") and words in message
     assert not snapshot(tmp_path)
+
+
+def test_a_renamed_script_beside_a_foreign_envs(script, fork, files, tasks, tmp_path):
+    """It looks for its files by their own names, and goes on without those that are not there."""
+    alone = SimpleNamespace(path=tmp_path / "mine.py")
+    shutil.copy(script.path, alone.path)
+    (tmp_path / "envs").mkdir()
+    shutil.copy(tasks, tmp_path / "own.py")
+    few = {"tree_grpo": "--turn-tokens 8 --max-turns 2", "treerl": "--max-tokens 40"}[script.name]
+    line = f"--model {files / 'chat'} --env own.py:Listed --prompts 2 --M 2 {few} --steps 1 --out out"
+    result = fork(alone, tmp_path, line)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert not (tmp_path / "out" / "tree.md").exists()
+    shutil.copy(script.path.parent / "envs" / "pictures.py", tmp_path / "envs")
+    result = fork(alone, tmp_path, line.replace("--out out", "--out drawn"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "drawn" / "tree.md").exists()
