@@ -22,7 +22,8 @@ ALONE = re.compile(rf"[-+]?\s*(?:{VALUE}|[0-9]+/[0-9]+)")
 SIDE = re.compile(  # a calculation, and a unit that does not change its value
     r"(?P<calculation>[-+*/().0-9⁄\s]*[0-9).]\s*)"
     r"(?!(?i:hundred|thousand|[mbtr]+illion|lakh|dozen|point|squared|cubed|k|bn|quarters?)\b)"
-    r"(?![MBxi]\b)(?!.*\b(?i:and|or|times|plus|minus)\b)(?:(?:/(?=[A-Za-z]{2}))?[A-Za-z%°¢][A-Za-z%°¢. /]*)?"
+    r"(?![MBxi]\b)(?!.*\b(?i:and|or|times|plus|minus)\b)"
+    r"(?:(?:/(?=[A-Za-z]{2}))?[A-Za-z%°¢][A-Za-z%°¢. /]*)?"
 )
 NAME = re.compile(  # x, f(x), a text, or an angle's function, which is not calculated
     r"\s*(?:\\?[A-Za-z]\w*(?:\([a-z, ]*\))?|\\text\s*\{[^{}]*\}|"
