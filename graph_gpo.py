@@ -932,7 +932,7 @@ class Player:
             hash(state)
             if not math.isfinite(reward):
                 raise ValueError(f"a reward of {reward}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (a world may fail in any way; its rollout ends)
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (in any way)
             tqdm.write(f"the world failed at {action!r}: {error!r}", file=sys.stderr)
             seen, reward, state, terminated, truncated, info = "", 0.0, before, False, True, {}
             counts["world_errors"] += 1

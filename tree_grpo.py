@@ -755,9 +755,9 @@ class Agent:
     task is what --env makes: `training`, a list of questions, or an empty one if draw(rng) gives
     them; `held_out`; search([(question, query), ...]) -> a text for each; reward(question, turns),
     R(H), from the texts that the policy wrote. A question has a `text`. Optional: `instruction`,
-    told before a question. For the tiny model: `words`, texts of one token each
-    (others it spells), and demonstrate(question, rng) -> the turns of an episode, pairs of what the
-    agent writes and what the search finds."""
+    told before a question. For the tiny model: `words`, texts of one token each (others it spells),
+    and demonstrate(question, rng) -> the turns of an episode, pairs of what the agent writes and
+    what the search finds."""
 
     def __init__(self, model, tokenizer, args, task):
         self.model, self.tokenizer, self.args, self.task = model, tokenizer, args, task

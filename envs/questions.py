@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from records import read_records, split_data, text_of
 from retrieval import BM25, SearchServer, show_passages
 
-ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)  # as tree_grpo.py reads it
 WORDS = r"((?!</?(?:think|search|information|answer)>).)*"
 STEP = re.compile(
     rf"\s*<think>{WORDS}</think>\s*<(?P<action>search|answer)>{WORDS}</(?P=action)>\s*", re.DOTALL

@@ -45,14 +45,20 @@ def imitate(script, model, leaves: list, batch: int, args, lr: float = 3e-3) -> 
         script.update(model, None, optimizer, groups, args)
 
 
+def demonstrated(task, args):
+    """The items that are demonstrated, 32 for each supervised step, each with the random numbers
+    of its demonstration."""
+    rng = random.Random(f"{args.seed}/demonstrations")
+    for _ in range(32 * args.sft_steps):
+        yield rng.choice(task.training) if task.training else task.draw(rng), rng
+
+
 def tree_grpo(script, args, task, device: torch.device):
     """On episodes: the turns of task.demonstrate(question, rng)."""
     script.quiet_transformers()
     model, tokenizer = tiny_model(task.words, device, args.seed)
     agent, leaves = script.Agent(model, tokenizer, args, task), []
-    rng = random.Random(f"{args.seed}/demonstrations")
-    for _ in range(32 * args.sft_steps):
-        question = rng.choice(task.training) if task.training else task.draw(rng)
+    for question, rng in demonstrated(task, args):
         node = agent.root(question)
         for text, found in task.demonstrate(question, rng):
             tokens = script.encode(tokenizer, text)
@@ -69,9 +75,7 @@ def treerl(script, args, task, device: torch.device):
     script.quiet_transformers()
     model, tokenizer = tiny_model(task.words, device, args.seed)
     solver, leaves = script.Solver(model, tokenizer, args, task), []
-    rng = random.Random(f"{args.seed}/demonstrations")
-    for _ in range(32 * args.sft_steps):
-        problem = rng.choice(task.training) if task.training else task.draw(rng)
+    for problem, rng in demonstrated(task, args):
         tokens = script.encode(tokenizer, task.demonstrate(problem, rng))
         tokens.append(tokenizer.eos_token_id)
         leaves.append(script.Node(solver.root(problem), tokens, [0.0] * len(tokens)))
