@@ -339,6 +339,16 @@ def padded(rows: list[list], pad=0, multiple: int = 1) -> list[list]:
     return [row + [pad] * (width - len(row)) for row in rows]
 
 
+def alike(items: list, length) -> list[list]:
+    """Items in groups of which none is more than twice as long as another: little is padded."""
+    groups, left = [], sorted(items, key=length)
+    while left:
+        first = sum(2 * length(item) < length(left[-1]) for item in left)
+        groups.append(left[first:])
+        left = left[:first]
+    return groups
+
+
 def token_tree(module, query, key, value, attention_mask, scaling, attend, **kwargs):
     """What transformers calls in each layer: `attend`, handed through the model's arguments."""
     return attend(module.layer_idx, query, key, value, scaling), None
@@ -530,8 +540,8 @@ def compute(model, nodes: list[Node]) -> list[Node]:
     """The keys and values of prompts (roots, or nodes below computed roots) but for the last token
     of each, which each branch runs itself. Returns those for which it was not done yet."""
     missing = [node for node in dict.fromkeys(nodes) if node.kv is None]
-    if missing:
-        lanes = Lanes(model, missing)
+    for part in alike(missing, lambda node: len(node.tokens)):
+        lanes = Lanes(model, part)
         lanes.catch_up()
         for b, node in enumerate(lanes.grid):
             if node:
@@ -643,11 +653,8 @@ def buckets_of(segments: list[tuple[int, list[int]]]) -> tuple[list, list[int]]:
     bucket (queries, keys), the places of the tokens of its segments and of their paths, padded; and
     of each token of the row the number of its query, counted through all buckets."""
     buckets, number, count = [], [0] * sum(own for own, _ in segments), 0
-    left = sorted(segments, key=lambda segment: segment[0])
-    while left:
-        width = left[-1][0]  # those at least half as long as the longest share a bucket
-        first = sum(2 * own < width for own, _ in left)
-        left, bucket = left[:first], left[first:]
+    for bucket in alike(segments, lambda segment: segment[0]):
+        width = bucket[-1][0]
         for own, path in bucket:
             number[path[-own] : path[-1] + 1] = range(count, count + own)
             count += width
