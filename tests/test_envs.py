@@ -1,16 +1,18 @@
 """The worlds of envs/: Sokoban against a search of its own, TextWorld on games made here, ALFWorld
-with a stand-in."""
+on a small game, and on its own where they are, against TextWorld itself."""
 
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
-import types
 from collections import deque
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 ENVS = Path(__file__).parent.parent / "envs"
 
@@ -297,154 +299,288 @@ def test_textworld_folder(games):
             module.TextWorld(str(wrong))
 
 
+# --------------------------------------------------------------------------- a process of its own
+BROKEN = """
+import os
+class Broken:
+    instruction = "Do.\\n"
+    def reset(self, seed=0, options=None):
+        print("not for the pipe")
+        return "here", {"task": "x"}
+    def step(self, action):
+        if action == "raise":
+            raise IndexError("no such place")
+        os._exit(3)
+"""
+
+
+def test_a_world_in_a_process_is_the_world():
+    process = load("processes").Process(f"{ENVS}/sokoban.py:Sokoban")
+    world = sokoban.Sokoban()
+    assert process.words == world.words and process.instruction == world.instruction
+    for seed in range(3):
+        assert process.reset(seed, {"held_out": True}) == world.reset(seed, {"held_out": True})
+        for i in range(5):
+            seeded = random.Random(random.Random(i).getrandbits(60))
+            action = process.demonstrate(random.Random(i))
+            assert action == world.demonstrate(seeded)
+            assert process.step(action) == world.step(action)
+
+
+def test_a_process_says_what_failed_and_that_it_ended(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    process = load("processes").Process(f"{tmp_path}/broken.py:Broken")
+    assert process.instruction == "Do.\n" and not hasattr(process, "demonstrate")
+    assert process.reset(3) == ("here", {"task": "x"})
+    with pytest.raises(RuntimeError, match="^IndexError: no such place$"):
+        process.step("raise")
+    assert process.reset(3) == ("here", {"task": "x"})  # it goes on
+    for action in ("end", "go"):
+        with pytest.raises(RuntimeError, match="the process of the world has ended"):
+            process.step(action)
+    with pytest.raises(RuntimeError, match="No such file"):
+        load("processes").Process(f"{tmp_path}/none.py:World")
+
+
 # ----------------------------------------------------------------------------------------- ALFWorld
-class Fact:
-    def __init__(self, name, *names):
-        self.name, self.arguments = (
-            name,
-            [types.SimpleNamespace(name=name, type="?") for name in names],
-        )
+PLACES = {  # a place -> what is on it, can it be opened?
+    "Cabinet": (["Mug"], True),
+    "Fridge": (["Apple"], True),
+    "SinkBasin": ([], False),
+    "SideTable": (["Apple", "DeskLamp"], False),
+    "Shelf": ([], False),
+}
+CLEAN_MUG = """(exists (?r - receptacle ?o - object) (and (inReceptacle ?o ?r)
+    (objectType ?o MugType) (receptacleType ?r ShelfType) (isClean ?o)))"""
 
 
-class Game:
-    """What the adapter uses of textworld.start()'s environment for .tw-pddl games: take the mug,
-    put it into a fridge. As in PddlEnv, a fact that becomes false is there as not_..., which it is
-    not at first; and as ALFWorld's wrapper has it, a name without a number ends with a space."""
-
-    def __init__(self, path, infos, wrappers):
-        assert (
-            infos == dict.fromkeys(("facts", "won", "admissible_commands", "feedback"), True)
-            and len(wrappers) == 1
-        )
-        self.load(path)
-
-    def load(self, path):
-        self.goal = json.loads(Path(path).read_text())["goal"]
-
-    def state(self, feedback):
-        commands = [
-            "examine fridge 1",
-            "go to desk 1",
-            "go to fridge 1",
-            "help",
-            "inventory",
-            "look",
-        ]
-        commands += {"desk 1": ["take mug 1 from desk 1"], "hand": ["move mug 1 to fridge 1"]}.get(
-            self.mug, []
-        )
-        facts = [
-            Fact("receptacleatlocation", "desk 1", "loc 1"),
-            Fact("receptacleatlocation", "fridge 1", "loc 2"),
-            Fact("atlocation", "agent ", self.at),
-            Fact("cancontain", "desktype ", "mugtype "),
-            *self.extra,
-            Fact("holds", "agent ", "mug 1")
-            if self.mug == "hand"
-            else Fact("inreceptacle", "mug 1", self.mug),
-        ]
-        random.shuffle(facts)
-        self.now = {
-            "facts": facts,
-            "admissible_commands": sorted(commands),
-            "feedback": feedback,
-            "won": self.mug == "fridge 1",
-        }
-        return self.now
-
-    def reset(self):
-        self.at, self.mug, self.extra = "loc 0", "desk 1", []
-        return self.state(
-            "-= Welcome to TextWorld, ALFRED! =-\n\nYou are in the middle of a room. Looking"
-            " quickly around you, you see a desk 1, and a fridge 1.\n\n"
-            f"Your task is to: {self.goal}."
-        )
-
-    def step(self, command):
-        assert command in self.now["admissible_commands"]
-        if command.startswith("go to"):
-            self.at = {"desk 1": "loc 1", "fridge 1": "loc 2"}[command[6:]]
-        elif command.startswith("take"):
-            self.mug = "hand"
-            self.extra.append(Fact("not_inreceptacle", "mug 1", "desk 1"))
-        elif command.startswith("move"):
-            self.mug = "fridge 1"
-        self.extra.append(Fact("checked", "agent "))
-        return self.state(f"You {command}."), 0, self.now["won"]
+def alfworld_game(task: str, goal: str, walkthrough: list[str]) -> str:
+    """A game file for one small room, with ALFWorld's own actions and texts."""
+    info = pytest.importorskip("alfworld.info")
+    kinds = {thing for things, _ in PLACES.values() for thing in things}
+    objects = ["agent1 - agent", "loc_bar_0 - location"]
+    objects += [f"{kind}Type - otype" for kind in sorted(kinds)]
+    objects += [f"{place}Type - rtype" for place in PLACES]
+    # What the domain names has to be there.
+    objects += [f"{kind}Type - otype" for kind in ("Knife", "ButterKnife")]
+    objects += [f"{kind}Type - rtype" for kind in ("Sink", "Microwave")]
+    facts = ["atLocation agent1 loc_bar_0"]
+    for i, (place, (things, lid)) in enumerate(PLACES.items(), 1):
+        at = f"{place.removesuffix('Basin')}_bar_{i}{'_bar_SinkBasin' * place.endswith('Basin')}"
+        objects += [f"loc_bar_{i} - location", f"{at} - receptacle"]
+        facts += [f"receptacleType {at} {place}Type", f"receptacleAtLocation {at} loc_bar_{i}"]
+        facts += [f"openable {at}"] * lid
+        facts += [f"canContain {place}Type {kind}Type" for kind in sorted(kinds)]
+        for thing in things:
+            name = f"{thing}_bar_{i}"
+            objects.append(f"{name} - object")
+            facts += [f"objectType {name} {thing}Type", f"inReceptacle {name} {at}"]
+            facts.append(f"objectAtLocation {name} loc_bar_{i}")
+            able = "toggleable" if thing == "DeskLamp" else "pickupable"
+            facts += [f"{able} {name}", f"cleanable {name}", f"coolable {name}"]
+    problem = f"""(define (problem small)\n(:domain alfred)\n(:objects\n{chr(10).join(objects)}\n)
+(:init\n{chr(10).join(f"({fact})" for fact in facts)}\n)\n(:goal (and {goal}))\n)"""
+    grammar = Path(info.ALFRED_TWL2_PATH).read_text().replace("UNKNOWN GOAL", task)
+    game = {"pddl_domain": Path(info.ALFRED_PDDL_PATH).read_text(), "grammar": grammar}
+    game |= {"pddl_problem": problem, "solvable": True, "walkthrough": walkthrough}
+    return json.dumps(game)
 
 
-@pytest.fixture
-def alfworld(monkeypatch, tmp_path):
-    def module(name, **content):
-        monkeypatch.setitem(sys.modules, name, made := types.ModuleType(name))
-        vars(made).update(content)
+WALKTHROUGH = """go to cabinet 1|open cabinet 1|take mug 1 from cabinet 1|go to sinkbasin 1|
+clean mug 1 with sinkbasin 1|go to shelf 1|move mug 1 to shelf 1""".replace("\n", "").split("|")
 
-    module("textworld", EnvInfos=dict, start=Game)
-    for name in ("alfworld", "alfworld.agents", "alfworld.agents.environment"):
-        module(name)
-    module("alfworld.agents.environment.alfred_tw_env", AlfredDemangler=object)
-    module("alfworld.info", ALFWORLD_DATA=str(tmp_path))
-    for split in ("train", "valid_seen", "valid_unseen"):
-        for i, kind in enumerate(
-            ["pick", "pick", "pick", "movable", "unsolvable", "Sliced", "unknown"]
-        ):
-            folder = tmp_path / "json_2.1.1" / split / f"{kind}-{i}" / "trial"
-            folder.mkdir(parents=True)
-            known = {} if kind == "unknown" else {"solvable": kind != "unsolvable"}
-            (folder / "game.tw-pddl").write_text(
-                json.dumps({"goal": f"{split} {kind} {i}", **known})
-            )
-    return load("alfworld_games")
+
+@pytest.fixture(scope="module")
+def alfworld(tmp_path_factory):
+    """envs/alfworld_games.py, with games of two kinds in several rooms."""
+    pytest.importorskip("alfworld.info")
+    folder = tmp_path_factory.mktemp("alfworld")
+    game = alfworld_game("put a clean mug in shelf", CLEAN_MUG, WALKTHROUGH)
+    for split, scenes in (("train", range(10)), ("valid_seen", range(3)), ("valid_unseen", [7])):
+        for scene in scenes:
+            for kind in ("pick_clean_then_place_in_recep", "pick_and_place_simple"):
+                trial = folder / "json_2.1.1" / split / f"{kind}-Mug-None-Shelf-{scene}" / "trial_1"
+                trial.mkdir(parents=True)
+                (trial / "game.tw-pddl").write_text(game)
+        left_out = {"pick_clean_then_place_in_recep-MugSliced-None-Shelf-1": game}
+        left_out["pick_and_place_with_movable_recep-Mug-Cup-Shelf-1"] = game
+        left_out["pick_and_place_simple-Pen-None-Shelf-1"] = game.replace("true", "false")
+        for name, text in left_out.items():
+            trial = folder / "json_2.1.1" / split / name / "trial_1"
+            trial.mkdir(parents=True)
+            (trial / "game.tw-pddl").write_text(text)
+    with mock.patch("alfworld.info.ALFWORLD_DATA", str(folder)):
+        yield load("alfworld_games")
+
+
+TEXTWORLD = """
+import json, sys, textworld
+from alfworld.agents.environment.alfred_tw_env import AlfredDemangler
+infos = textworld.EnvInfos(won=True, admissible_commands=True, feedback=True, facts=True)
+def shown(state):
+    commands = sorted(" ".join(command.split()) for command in state["admissible_commands"])
+    return [state["feedback"], commands, bool(state["won"])]
+for file, plays in json.loads(sys.stdin.read()):
+    game = textworld.start(file, infos, wrappers=[AlfredDemangler()])
+    for commands in plays:
+        state = game.reset()
+        found = [shown(state)]
+        for command in commands:
+            raw = {" ".join(c.split()): c for c in state["admissible_commands"]}
+            state, *_ = game.step(raw[command])
+            found.append(shown(state))
+        print(json.dumps(found))
+"""
+
+
+def assert_plays_as_textworld(module, files: list[Path], plays: int, steps: int):
+    """Of each game the walkthrough, and random commands, with what TextWorld itself says to them,
+    in a process of its own, as the adapter changes TextWorld's functions."""
+    ours, asked = [], []
+    for file in files:
+        game, asked_here = module.Game(file), []
+        for play in range(plays):
+            rng, state, commands = random.Random(f"{file.parent}/{play}"), game.start, []
+            said = [[game.seen, sorted(state.commands), state.won]]
+            for i in range(steps):
+                known = play == 0 and i < len(game.walkthrough)
+                command = game.walkthrough[i] if known else rng.choice(sorted(state.commands))
+                answer, state = game.follow(state, command)
+                said.append([answer, sorted(state.commands), state.won])
+                commands.append(command)
+            assert play > 0 or any(won for *_, won in said)
+            ours.append(said)
+            asked_here.append(commands)
+        asked.append((str(file), asked_here))
+    how = {"input": json.dumps(asked), "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "-c", TEXTWORLD], check=True, **how)
+    theirs = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("[[")]
+    assert len(theirs) == len(ours)
+    for mine, other in zip(ours, theirs):
+        start, task = other[0][0].removeprefix("-= Welcome to TextWorld, ALFRED! =-\n\n"), mine[0]
+        assert start.startswith(task[0] + "\n\nYour task is to: ")
+        assert mine[0][1:] == other[0][1:]
+        assert mine[1:] == other[1:]
+
+
+def test_alfworld_is_as_textworld_plays_it(alfworld):
+    file = alfworld.files("train", False)[0]
+    assert_plays_as_textworld(alfworld, [file], plays=4, steps=40)
+
+
+@pytest.mark.skipif("ALFWORLD_DATA" not in os.environ, reason="no real games: $ALFWORLD_DATA")
+def test_real_games_of_alfworld():
+    pytest.importorskip("alfworld.info")
+    module = load("alfworld_games")
+    assert_plays_as_textworld(module, module.files("train", False)[:2], plays=2, steps=20)
+    world = module.ALFWorld("train")
+    for seed in range(3):
+        world.reset(seed)
+        results = []
+        while not any(result[2] for result in results) and len(results) < 20:
+            results.append(world.step(world.demonstrate()))
+        assert results[-1][1:4] == (1.0, True, False)
 
 
 def test_alfworld_plays(alfworld):
     world = alfworld.ALFWorld()
     seen, info = world.reset(3)
     assert seen == (
-        "You are in the middle of a room. Looking quickly around you, you see a desk 1, and a "
-        "fridge 1.\nCommands: examine fridge 1, go to desk 1, go to fridge 1, help, inventory, "
-        "look, take mug 1 from desk 1"
+        "You are in the middle of a room.\nCommands: go to ..., examine ..., inventory, look"
     )
-    assert (
-        info["state"]
-        == "at no place; holding nothing; atlocation agent, loc 0; inreceptacle mug 1, desk 1"
+    assert info["task"] == (
+        "put a clean mug in shelf. Looking quickly around you, you see a cabinet 1, a fridge 1, a "
+        "shelf 1, a sidetable 1, and a sinkbasin 1."
     )
     start = info["state"]
+    assert start.startswith("at no place; holding nothing; atlocation agent1, loc")
+    assert "inreceptacle mug 1, cabinet 1" in start  # not seen, but so
     assert world.step("look")[4] == {"state": start, "valid": True}
     seen, *result, info = world.step("dance")
     assert seen.startswith("Nothing happens.\n") and result == [0.0, False, False]
     assert info == {"state": start, "valid": False}
-    *_, info = world.step("go to  Desk 1")
-    assert info["valid"] and info["state"].startswith("at desk 1; holding nothing; ")
-    *_, info = world.step("take mug 1 from desk 1")
-    assert info["state"] == "at desk 1; holding mug 1; atlocation agent, loc 1; holds agent, mug 1"
-    _, *result, info = world.step("move mug 1 to fridge 1")
+    seen, *_, info = world.step("go to  Cabinet 1")
+    assert info["valid"] and info["state"].startswith("at cabinet 1; holding nothing; ")
+    assert seen == (
+        "You arrive at cabinet 1. The cabinet 1 is closed.\n"
+        "Commands: go to ..., examine ..., inventory, look, open cabinet 1"
+    )
+    for command in WALKTHROUGH[1:-1]:
+        *_, reward, terminated, truncated, info = world.step(command)
+        assert info["valid"] and not (reward or terminated or truncated)
+    assert "; isclean mug 1; " in info["state"] and "; holding mug 1; " in info["state"]
+    _, *result, info = world.step(WALKTHROUGH[-1])
     assert result == [1.0, True, False] and info["valid"]
     assert world.reset(3)[1]["state"] == start
 
 
+def test_alfworlds_worlds_share_a_game_and_not_its_state(alfworld):
+    one, other = alfworld.ALFWorld(), alfworld.ALFWorld()
+    assert one.reset(0) == other.reset(0) and one.game is other.game
+    one.step("go to fridge 1")
+    seen, *_ = other.step("go to shelf 1")
+    assert "shelf 1, you see nothing" in seen
+    assert one.step("open fridge 1")[0].startswith("You open the fridge 1. The fridge 1 is open.")
+    assert other.state.key.startswith("at shelf 1; ")
+
+
+def test_alfworlds_demonstrator(alfworld):
+    """Without mistakes it wins in as few steps as the walkthrough; with them it still often does."""
+    world = alfworld.ALFWorld()
+    world.reset(0)
+    commands = []
+    while not world.state.won:
+        commands.append(world.demonstrate())
+        world.step(commands[-1])
+    assert len(commands) == len(WALKTHROUGH)
+    rng, won = random.Random(0), 0
+    for _ in range(20):
+        world.reset(0)
+        for _ in range(30):
+            command = world.demonstrate(rng)
+            assert world.step(command)[4]["valid"]
+            if world.state.won:
+                won += 1
+                break
+    assert 5 <= won <= 20
+
+
 def test_alfworld_chooses_games(alfworld):
-    def tasks(world, held_out):
-        return [world.reset(seed, {"held_out": held_out})[1]["task"] for seed in range(30)]
+    def games(text, held_out):
+        return {path.parts[-3] for path in alfworld.files(text, held_out)}
 
-    world = alfworld.ALFWorld("valid_unseen")
-    for split, wanted, held_out in (
-        ("train", world, False),
-        ("valid_seen", alfworld.ALFWorld(), True),
-        ("valid_unseen", world, True),
-    ):
-        assert set(found := tasks(wanted, held_out)) == {f"{split} pick {i}." for i in range(3)}
-        assert (
-            found == tasks(wanted, held_out) == tasks(alfworld.ALFWorld(wanted.held_out), held_out)
-        )
-    with pytest.raises(ValueError, match="valid_seen or valid_unseen, not 'train'"):
-        alfworld.ALFWorld("train")
+    both = games("valid_seen", True)
+    assert len(both) == 6 and not any("Sliced" in name or "Pen" in name for name in both)
+    assert games("valid_seen", False) == games("valid_unseen", False)
+    assert len(games("valid_seen,clean", True)) == 3
+    assert len(games("train", False)) == 16 and len(games("train", True)) == 4
+    assert not games("train", False) & games("train", True)
+    # Seeds 0 to n - 1 are all of the n games that are held out.
+    world, found = alfworld.ALFWorld("train"), []
+    opened = mock.patch.object(alfworld, "open_game", side_effect=alfworld.open_game)
+    with opened as opened:
+        for seed in range(4):
+            world.reset(seed, {"held_out": True})
+        found = [call.args[0] for call in opened.call_args_list]
+    assert sorted(found) == sorted(alfworld.files("train", True))
+    for wrong in ("test", "train,clan", ""):
+        with pytest.raises(ValueError, match="want valid_seen, valid_unseen or train"):
+            alfworld.ALFWorld(wrong)
 
 
-def test_alfworld_without_its_games(alfworld, monkeypatch, tmp_path):
-    monkeypatch.setattr(alfworld, "ALFWORLD_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(FileNotFoundError, match="run alfworld-download") as caught:
-        alfworld.ALFWorld().reset()
+def test_alfworlds_words_are_tokens(alfworld):
+    world = alfworld.ALFWorld("train")
+    _, tokenizer = load("tiny").tiny_model(world.words, torch.device("cpu"), 0)
+    for command in (*WALKTHROUGH, "inventory", "look"):
+        assert len(tokenizer(command)["input_ids"]) <= 4
+    seen, info = world.reset(0)
+    assert len(tokenizer(f"Task: {info['task']}\n{seen}")["input_ids"]) < 40
+
+
+def test_alfworld_without_its_games(alfworld, tmp_path):
+    elsewhere = mock.patch.object(alfworld, "ALFWORLD_DATA", str(tmp_path / "elsewhere"))
+    with elsewhere, pytest.raises(FileNotFoundError, match="run alfworld-download") as caught:
+        alfworld.files("valid_seen,heat", True)
     assert "\n" not in str(caught.value)
 
 
@@ -453,6 +589,7 @@ def test_alfworld_without_its_games(alfworld, monkeypatch, tmp_path):
 )
 def test_missing_package(name, package, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, "fast_downward", None)
     with pytest.raises(ImportError, match=f"pip install {package}") as caught:
         load(name)
     assert "\n" not in str(caught.value) and caught.value.__suppress_context__
