@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -235,15 +236,16 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
         rng = random.Random(f"{args.seed}/{step}")
-        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60))
+        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60) + RANK)
         counts = Counter()
 
         # 1. Rollouts: K of each task.
         seeds = [rng.getrandbits(32) for _ in range(args.tasks)]
-        tasks = player.play(seeds, args.K, generator, args.temperature, counts)
+        own = seeds[RANK::RANKS]
+        tasks = player.play(own, args.K, generator, args.temperature, counts)
 
         # 2. Credit: beta_graph A_G + beta_episode A_E.
-        groups = [group for task in tasks for group in credit(task, len(tasks), args)]
+        groups = [group for task in tasks for group in credit(task, len(seeds), args)]
         sampled = time.perf_counter()
 
         # 3. Update; then the sampler gets the new weights.
@@ -252,30 +254,34 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
             player.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
-        n = args.K * len(tasks)
-        row["reward"] = sum(sum(task.returns) for task in tasks) / n
-        row["success"] = sum(sum(task.won) for task in tasks) / n
+        n = args.K * len(seeds)
+        counts["reward"] = sum(sum(task.returns) for task in tasks) / n
+        counts["success"] = sum(sum(task.won) for task in tasks) / n
         prompts = [node for task in tasks for node in (task.root, *task.root.children)]
-        row["prompt_tokens_training"] = length(prompts)
-        row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
+        counts["prompt_tokens_training"] = length(prompts)
+        row |= {**over_ranks(counts), "lr": lr}
+        row["entropy"] /= row["generated_tokens"]
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        if picture:
+        if picture and RANK == 0:
             drawn = picture(sys.modules[__name__], tasks, args)
             (out / "graph.md").write_text(drawn, "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, player.evaluate())
-        if last or signals or (step + 1) % args.save_every == 0:
+        stop = over_ranks({"signals": len(signals)})["signals"]
+        if last or stop or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
-            if signals and not last:
+            if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -773,6 +779,41 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
     return loss, sums
 
 
+# ----------------------------------------------------------------------------- engine: several GPUs
+# torchrun starts RANKS processes, each with a share of the prompts. Rank 0 writes and prints.
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def together(collective: str, *values) -> None:
+    """One of torch.distributed's functions, which all ranks call at the same time."""
+    try:
+        getattr(torch.distributed, collective)(*values)
+    except RuntimeError:
+        sys.exit(1)  # another rank has failed, and said why
+
+
+def over_ranks(counts: dict) -> Counter:
+    """Sums of numbers over all ranks, for which this waits."""
+    found, total = [counts] * RANKS, Counter()
+    if RANKS > 1:
+        together("all_gather_object", found, counts)
+    for part in found:
+        total.update(part)
+    return total
+
+
+def sum_gradients(model) -> None:
+    """Sums gradients over all ranks in one all-reduce; a rank without any adds zeros."""
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    flat = torch.nn.utils.parameters_to_vector(gradients)
+    together("all_reduce", flat)
+    torch.nn.utils.vector_to_parameters(flat, gradients)
+
+
 def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, float | None]:
     """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction,
     grad_norm, and sampler_gap, the mean distance of the sampler's log-probs from the trainer's
@@ -783,7 +824,7 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
     sums = Counter()
     autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
-    for _ in range(args.epochs if parts else 0):
+    for _ in range(args.epochs if over_ranks({"parts": len(parts)})["parts"] else 0):
         for packed in parts:
             with autocast(enabled=args.dtype == "bfloat16"):
                 logps = packed_logps(model, packed)
@@ -797,21 +838,24 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
             loss.backward()
             for name, value in (stats | {"loss": loss.detach() / args.epochs}).items():
                 sums[name] += value
+        if RANKS > 1:
+            sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        sums["norm"] += norm / args.epochs
+        sums["norm"] += norm / args.epochs / RANKS
         if not math.isfinite(sums["loss"] + norm):
             raise FloatingPointError(f"loss {sums['loss']:g}, gradient norm {norm:g}")
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    sums = Counter({name: float(value) for name, value in sums.items()})
-    tokens, drawn = max(1, sums["tokens"]), sum(len(packed.target) for packed in parts)
+    sums["drawn"] = sum(len(packed.target) for packed in parts)
+    sums = over_ranks({name: float(value) for name, value in sums.items()})
+    tokens = max(1, sums["tokens"])
     row = {"loss": sums["loss"], "kl": None, "grad_norm": sums["norm"], "sampler_gap": None}
     row["clip_fraction"] = sums["clipped"] / tokens
     if reference is not None:
         row["kl"] = sums["kl"] / tokens
-    if drawn:
-        row["sampler_gap"] = sums["gap"] / drawn
+    if sums["drawn"]:
+        row["sampler_gap"] = sums["gap"] / sums["drawn"]
     return row
 
 
@@ -839,6 +883,17 @@ class Task:
     prompts: dict[tuple, Node] = field(default_factory=dict)  # by the tokens of the rest
 
 
+def take(env, action: str) -> tuple[str, float, bool, bool, bool, object]:
+    """A step of a world: what is seen, the reward, terminated, truncated, was it an action, and the
+    state. ValueError, or what the world raises, if it is none."""
+    seen, reward, terminated, truncated, info = env.step(action)
+    seen, reward, state = str(seen), float(reward), info.get("state", seen)
+    hash(state)
+    if not math.isfinite(reward):
+        raise ValueError(f"a reward of {reward}")
+    return seen, reward, bool(terminated), bool(truncated), bool(info.get("valid", True)), state
+
+
 class Player:
     """The policy in a world: rollouts of many tasks at a time.
 
@@ -847,30 +902,46 @@ class Player:
     reward, terminated, truncated, info: terminated is success if reward > 0, else failure.
     info["task"], from reset: what to do. info["state"]: a text, equal where states are (default:
     the observation). info["valid"], from step: was it an action (default: yes)? `instruction`: told
-    to a chat model before the task. For the tiny model: `words`, of one token each, and
-    demonstrate(rng), an action."""
+    to a chat model before the task. `threads`: how many of its worlds may be asked at a time
+    (default: 1). For the tiny model: `words`, of one token each, and demonstrate(rng), an action.
+    """
 
     def __init__(self, model, tokenizer, args, make_env):
         self.model, self.tokenizer, self.args = model, tokenizer, args
         self.make_env, self.envs = make_env, [make_env()]
+        threads = getattr(self.envs[0], "threads", 1)
+        self.side_by_side = ThreadPoolExecutor(threads).map if threads > 1 else map
         self.eos = end_tokens(model, tokenizer)
         self.encode = functools.lru_cache(100_000)(functools.partial(encode, tokenizer))
         self.before, self.after = chat_template(tokenizer, args)
         if tokenizer.chat_template:
             self.before += getattr(self.envs[0], "instruction", "")
 
-    def begin(self, seed: int, envs: list, held_out: bool) -> Task:
-        """A seed's task, begun in each of the worlds."""
+    def begin(self, seeds, K: int, held_out: bool) -> list[Task]:
+        """Each seed's task, begun in K worlds."""
+        with blame("--env"):
+            self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
+
+        def reset(i: int):
+            how = {"seed": seeds[i // K], "options": {"held_out": held_out}}
+            try:
+                return self.envs[i].reset(**how)
+            except (Exception, SystemExit) as error:  # noqa: BLE001 (in any way)
+                return self.replace(self.envs[i], f"at reset: {error!r}").reset(**how)
+
+        tasks = []
         with blame("--env: reset()"):
-            begun = [env.reset(seed=seed, options={"held_out": held_out}) for env in envs]
-            starts = [(info["task"], info.get("state", seen)) for seen, info in begun]
-            if len(set(starts)) > 1:
-                raise ValueError(f"one seed begins in several ways: {set(starts)}")
-        text, K = starts[0][0], len(envs)
-        root = Node(tokens=encode(self.tokenizer, f"Task: {text}\n", self.before))
-        told = [[str(seen)] for seen, _ in begun]
-        states = [state for _, state in starts]
-        return Task(text, root, [0.0] * K, [False] * K, [], envs, states, told)
+            begun = list(self.side_by_side(reset, range(len(seeds) * K)))
+            for own, envs in zip(batches(begun, K), batches(self.envs, K)):
+                starts = {(info["task"], info.get("state", seen)) for seen, info in own}
+                if len(starts) > 1:
+                    raise ValueError(f"one seed begins in several ways: {starts}")
+                text, state = starts.pop()
+                root = Node(tokens=encode(self.tokenizer, f"Task: {text}\n", self.before))
+                told = [[str(seen)] for seen, _ in own]
+                at_start = [0.0] * K, [False] * K, [], envs, [state] * K, told
+                tasks.append(Task(text, root, *at_start))
+        return tasks
 
     def prompt(self, task: Task, k: int) -> Node:
         """A rollout's prompt: below the instruction and the task its last --history observations
@@ -910,18 +981,16 @@ class Player:
     def play(self, seeds, K: int, generator, temperature: float, counts: Counter, held_out=False):
         """K rollouts of each seed's task, in waves of one step each. What is computed of a prompt
         is kept for when it is met again, up to --kept-tokens. Returns the tasks."""
-        with blame("--env"):
-            self.envs += [self.make_env() for _ in range(len(seeds) * K - len(self.envs))]
-        worlds = zip(seeds, batches(self.envs, K))
-        tasks = [self.begin(*world, held_out) for world in worlds]
+        tasks = self.begin(seeds, K, held_out)
         live = [(task, k) for task in tasks for k in range(K)]
         for _ in range(self.args.max_steps):
             if not live:
                 break
             nodes = self.act(live, generator, temperature, counts)
             counts["env_steps"] += len(live)
-            going = [self.step(task, k, node, counts) for (task, k), node in zip(live, nodes)]
-            live = list(itertools.compress(live, going))
+            outcomes = self.side_by_side(self.ask, live, nodes)
+            taken = zip(live, nodes, outcomes)
+            live = [(task, k) for (task, k), *step in taken if self.step(task, k, *step, counts)]
             forget(nodes)
             kept = [node for task in tasks for node in task.root.children if node.cached]
             if length(kept) > self.args.kept_tokens:
@@ -929,27 +998,36 @@ class Player:
         forget(node for task in tasks for node in task.root.below())
         return tasks
 
-    def step(self, task: Task, k: int, node: Node, counts: Counter) -> bool:
-        """Take a rollout's action in its world. Does it go on? Not where the world fails, which
+    def ask(self, rollout: tuple[Task, int], node: Node):
+        """The outcome of a rollout's action in its world; if it fails, its error."""
+        task, k = rollout
+        try:
+            return take(task.envs[k], self.action(node))
+        except (Exception, SystemExit) as error:  # noqa: BLE001 (in any way)
+            return error
+
+    def replace(self, env, error: str):
+        """Another world for one that fails."""
+        tqdm.write(f"the world failed {error}", file=sys.stderr)
+        place = self.envs.index(env)
+        with blame("--env"):
+            self.envs[place] = self.make_env()
+        return self.envs[place]
+
+    def step(self, task: Task, k: int, node: Node, outcome, counts: Counter) -> bool:
+        """What follows from a rollout's action. Does it go on? Not where the world failed, which
         counts as a valid step that changes nothing and earns 0."""
         action, before = self.action(node), task.states[k]
-        try:
-            seen, reward, terminated, truncated, info = task.envs[k].step(action)
-            seen, reward, state = str(seen), float(reward), info.get("state", seen)
-            hash(state)
-            if not math.isfinite(reward):
-                raise ValueError(f"a reward of {reward}")
-        except (Exception, SystemExit) as error:  # noqa: BLE001 (in any way)
-            tqdm.write(f"the world failed at {action!r}: {error!r}", file=sys.stderr)
-            seen, reward, state, terminated, truncated, info = "", 0.0, before, False, True, {}
+        if isinstance(outcome, BaseException):
+            self.replace(task.envs[k], f"at {action!r}: {outcome!r}")
+            outcome = "", 0.0, False, True, True, before
             counts["world_errors"] += 1
-            self.envs.remove(task.envs[k])  # the next rollout gets another one
+        seen, reward, terminated, truncated, valid, state = outcome
         task.returns[k] += reward
-        task.won[k] = bool(terminated) and reward > 0
+        task.won[k] = terminated and reward > 0
         after = state
         if terminated:  # no way leads on from there
             after = SUCCESS if task.won[k] else f"{state} (failed)"
-        valid = bool(info.get("valid", True))
         task.steps.append(Step(Transition(before, action, after, k), node, reward, valid))
         task.states[k] = state
         task.told[k][-1] += f"\n> {action}\n"
@@ -960,25 +1038,28 @@ class Player:
         """Success on held-out tasks, sampled (K times each, temperature 1) and greedy; and of the
         sampled rollouts, if any succeeded, how many steps of failed ones lead nearer to success,
         and of the others do not (Figure 1)."""
-        row = {}
         steps = Counter()  # (of a successful rollout?, did it lead nearer?) -> how many
         for name, K, temperature in (("success", self.args.K, 1.0), ("greedy_success", 1, 0.0)):
-            generator, won = torch.Generator(self.model.device).manual_seed(0), []
-            parts = batches(range(self.args.eval_tasks), self.args.tasks)
+            generator = torch.Generator(self.model.device).manual_seed(RANK)
+            parts = batches(range(self.args.eval_tasks)[RANK::RANKS], self.args.tasks)
             for part in tqdm(parts, name, leave=False, delay=1):
                 for task in self.play(part, K, generator, temperature, Counter(), held_out=True):
-                    won += task.won
+                    steps[name] += sum(task.won)
                     if name == "success" and any(task.won):
                         d = goal_distances([step.transition for step in task.steps])
                         for t, *_ in task.steps:
                             steps[task.won[t.trajectory], d[t.next_state] < d[t.state]] += 1
-            row[name] = sum(won) / len(won)
+        steps = over_ranks(steps)
+        n = self.args.eval_tasks
+        row = {"success": steps["success"] / n / self.args.K}
+        row["greedy_success"] = steps["greedy_success"] / n
         failed, successful = (steps[won, True] + steps[won, False] for won in (False, True))
         row["progress_in_failed"] = steps[False, True] / failed if failed else None
         row["waste_in_successful"] = steps[True, False] / successful if successful else None
-        text = f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
+        text = f"A held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
         text += f"\n\n~~~~text\n{''.join(task.told[0])}\n~~~~\n"
-        Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
+        if RANK == 0:
+            Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
         return row
 
 
@@ -1120,6 +1201,8 @@ def resume_run(args, given: set[str]):
 
 
 def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    if RANK:
+        return
     with blame(f"--out {folder.parent}: cannot save, is the disk full? --resume goes on"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -1129,6 +1212,8 @@ def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> Non
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """Renamed when whole. Random states and the place in the data follow from `step`."""
+    if RANK:
+        return
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
@@ -1144,6 +1229,8 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> 
 
 def open_log(args, size: int):
     """log(event, step, row) adds to metrics.jsonl, cut to its first `size` bytes, and to --log."""
+    if RANK:
+        return lambda event, step, row: None
     file = open(Path(args.out, "metrics.jsonl"), "a", encoding="utf-8")
     file.truncate(size)
     tracker = importlib.import_module(args.log) if args.log else None
@@ -1260,8 +1347,9 @@ def parse_args(cls, argv: list[str]):
 
 
 def pick_device(args) -> torch.device:
-    best = "cuda:0" if torch.cuda.is_available() else "cpu"
-    name = best if args.device == "auto" else args.device
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    best = cuda if torch.cuda.is_available() else "cpu"
+    name = {"auto": best, "cuda": cuda}.get(args.device, args.device)
     with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -1269,6 +1357,8 @@ def pick_device(args) -> torch.device:
         torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the tiny model gains little by two
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device
@@ -1277,7 +1367,13 @@ def pick_device(args) -> torch.device:
 def make_folder(args) -> Path:
     now = time.strftime("%Y%m%d-%H%M%S")  # another run may begin in the same second
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
+    if RANKS > 1:
+        names = [args.out]
+        together("broadcast_object_list", names)  # rank 0's
+        args.out = names[0]
     out = Path(args.out)
+    if RANK:
+        return out
     with blame(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     if not args.resume and any(out.iterdir()):
@@ -1302,17 +1398,19 @@ def main(argv: list[str]) -> None:
         env = make_env()
         for held_out in (True, False):
             env.reset(seed=0, options={"held_out": held_out})[1]["task"]
+            take(env, env.demonstrate(random.Random(0)) if hasattr(env, "demonstrate") else "look")
     start = load_beside("tiny.py", "graph_gpo")
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
         player = Player(model, tokenizer, args, make_env)
-        player.prompt(player.begin(0, player.envs, True), 0)  # raises BadInput if it does not fit
+        player.prompt(player.begin([0], 1, True)[0], 0)  # raises BadInput if it does not fit
     elif not all([start, hasattr(env, "words"), hasattr(env, "demonstrate")]):
         raise BadInput("--model: needed without envs/, or if --env has no words, demonstrate()")
     out = make_folder(args)
     if not weights:
         model, tokenizer = start(sys.modules[__name__], args, make_env, device)
         save_model(out / "start", model, tokenizer)
+        over_ranks({})  # the others wait for it
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     player = Player(policy, tokenizer, args, make_env)
     tasks = f"tasks of {args.env or 'the house'}, {args.eval_tasks} held out"
@@ -1321,16 +1419,23 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    try:  # what stops it is said in a line
-        main(argv)
+    status, heard = 1, (sys.stdout, sys.stderr)
+    if RANK:  # of other ranks only what stops them
+        heard = [open(os.devnull, "w")] * 2
+    try:
+        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
+            return main(argv)
     except BadInput as error:
-        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)")
+        line = f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)"
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped before the first step", file=sys.stderr)
-        sys.exit(130)
+        line, status = str(stop) or "stopped before the first step", 130
+    if RANK:
+        time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
+        line = f"\nrank {RANK}: {line}"
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

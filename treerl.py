@@ -223,13 +223,14 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
         lr = args.lr * min(1, (step + 1) / max(1, args.warmup))
         optimizer.param_groups[0]["lr"] = lr
         rng = random.Random(f"{args.seed}/{step}")
-        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60))
+        generator = torch.Generator(model.device).manual_seed(rng.getrandbits(60) + RANK)
         counts = Counter(generated_tokens=0, forwarded_tokens=0, entropy=0.0)
         draws = generator, args.temperature, args.top_p, counts
         play = functools.partial(solver.play, draws)
 
         # 1. Search (EPTree).
-        prompts = [(item, solver.root(item)) for item in batch_of(solver.task, step, args, rng)]
+        batch = batch_of(solver.task, step, args, rng)
+        prompts = [(item, solver.root(item)) for item in batch[RANK::RANKS]]
         for part in batches(prompts, args.at_once):
             eptree(play, part, args.M, args.N, args.L, args.T, solver.answer_at)
             forget(node for _, root in part for node in root.below())
@@ -238,7 +239,7 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
         groups, keep = [], random.Random(f"{args.seed}/{step}/keep")
         for _, root in prompts:
             leaves, advantages = credit(root, args, keep)
-            groups.append(Group(root, leaves, advantages, 1 / len(leaves) / len(prompts)))
+            groups.append(Group(root, leaves, advantages, 1 / len(leaves) / len(batch)))
         sampled = time.perf_counter()
 
         # 3. Update; then the sampler gets the new weights.
@@ -247,30 +248,36 @@ def train(args, model, reference, solver: Solver, state: dict | None) -> None:
             solver.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
-        rewards = [[leaf.reward for leaf in root.leaves()] for _, root in prompts]
-        won = [[reward > args.success for reward in own] for own in rewards]
-        row["reward"] = sum(map(sum, rewards)) / sum(map(len, rewards))
-        row["success"] = sum(map(sum, won)) / sum(map(len, won))
-        row["pass_rate"] = sum(map(any, won)) / len(won)
-        row |= {**counts, "entropy": counts["entropy"] / counts["generated_tokens"], "lr": lr}
+        for _, root in prompts:
+            rewards = [leaf.reward for leaf in root.leaves()]
+            won = sum(reward > args.success for reward in rewards)
+            counts.update(leaves=len(rewards), reward=sum(rewards), success=won, pass_rate=won > 0)
+        row |= {**over_ranks(counts), "lr": lr}
+        row["reward"] /= row["leaves"]
+        row["success"] /= row["leaves"]
+        row["pass_rate"] /= len(batch)
+        row["entropy"] /= row["generated_tokens"]
         row["seconds"] = time.perf_counter() - began
         row["seconds_sampling"] = sampled - began
         row["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9  # of the run
         log("train", step + 1, row)
         speed = row["generated_tokens"] / row["seconds"]
         bar.set_postfix_str(f"reward {row['reward']:.2f}, {speed:.0f} tokens/s")
-        if picture:
+        if picture and RANK == 0:
             drawn = picture(sys.modules[__name__], solver, prompts, groups)
             (out / "tree.md").write_text(drawn, "utf-8", "replace")
         last = step + 1 == args.steps
         if last or args.eval_every and (step + 1) % args.eval_every == 0:
             log("eval", step + 1, evaluate(solver))
-        if last or signals or (step + 1) % args.save_every == 0:
+        stop = over_ranks({"signals": len(signals)})["signals"]
+        if last or stop or (step + 1) % args.save_every == 0:
             save_checkpoint(out, step + 1, model, tokenizer, optimizer, args)
-            if signals and not last:
+            if stop and not last:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -768,6 +775,41 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
     return loss, sums
 
 
+# ----------------------------------------------------------------------------- engine: several GPUs
+# torchrun starts RANKS processes, each with a share of the prompts. Rank 0 writes and prints.
+RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def together(collective: str, *values) -> None:
+    """One of torch.distributed's functions, which all ranks call at the same time."""
+    try:
+        getattr(torch.distributed, collective)(*values)
+    except RuntimeError:
+        sys.exit(1)  # another rank has failed, and said why
+
+
+def over_ranks(counts: dict) -> Counter:
+    """Sums of numbers over all ranks, for which this waits."""
+    found, total = [counts] * RANKS, Counter()
+    if RANKS > 1:
+        together("all_gather_object", found, counts)
+    for part in found:
+        total.update(part)
+    return total
+
+
+def sum_gradients(model) -> None:
+    """Sums gradients over all ranks in one all-reduce; a rank without any adds zeros."""
+    gradients = []
+    for parameter in model.parameters():
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        gradients.append(parameter.grad)
+    flat = torch.nn.utils.parameters_to_vector(gradients)
+    together("all_reduce", flat)
+    torch.nn.utils.vector_to_parameters(flat, gradients)
+
+
 def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, float | None]:
     """One GRPO step per epoch on a batch. Returns loss, kl (None: no reference), clip_fraction,
     grad_norm, and sampler_gap, the mean distance of the sampler's log-probs from the trainer's
@@ -778,7 +820,7 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
     sums = Counter()
     autocast = functools.partial(torch.autocast, model.device.type, torch.bfloat16)
     model.train()  # gradient checkpointing asks for it; a Qwen has no dropout
-    for _ in range(args.epochs if parts else 0):
+    for _ in range(args.epochs if over_ranks({"parts": len(parts)})["parts"] else 0):
         for packed in parts:
             with autocast(enabled=args.dtype == "bfloat16"):
                 logps = packed_logps(model, packed)
@@ -792,21 +834,24 @@ def update(model, reference, optimizer, groups: list[Group], args) -> dict[str, 
             loss.backward()
             for name, value in (stats | {"loss": loss.detach() / args.epochs}).items():
                 sums[name] += value
+        if RANKS > 1:
+            sum_gradients(model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        sums["norm"] += norm / args.epochs
+        sums["norm"] += norm / args.epochs / RANKS
         if not math.isfinite(sums["loss"] + norm):
             raise FloatingPointError(f"loss {sums['loss']:g}, gradient norm {norm:g}")
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    sums = Counter({name: float(value) for name, value in sums.items()})
-    tokens, drawn = max(1, sums["tokens"]), sum(len(packed.target) for packed in parts)
+    sums["drawn"] = sum(len(packed.target) for packed in parts)
+    sums = over_ranks({name: float(value) for name, value in sums.items()})
+    tokens = max(1, sums["tokens"])
     row = {"loss": sums["loss"], "kl": None, "grad_norm": sums["norm"], "sampler_gap": None}
     row["clip_fraction"] = sums["clipped"] / tokens
     if reference is not None:
         row["kl"] = sums["kl"] / tokens
-    if drawn:
-        row["sampler_gap"] = sums["gap"] / drawn
+    if sums["drawn"]:
+        row["sampler_gap"] = sums["gap"] / sums["drawn"]
     return row
 
 
@@ -1002,6 +1047,8 @@ def resume_run(args, given: set[str]):
 
 
 def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> None:
+    if RANK:
+        return
     with blame(f"--out {folder.parent}: cannot save, is the disk full? --resume goes on"):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -1011,6 +1058,8 @@ def save_model(folder: Path, model, tokenizer, state: dict | None = None) -> Non
 
 def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> None:
     """Renamed when whole. Random states and the place in the data follow from `step`."""
+    if RANK:
+        return
     folder, temporary = out / f"checkpoint-{step:06d}", out / "checkpoint.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     state = {"script": Path(__file__).name, "step": step, "args": vars(args)}
@@ -1026,6 +1075,8 @@ def save_checkpoint(out: Path, step: int, model, tokenizer, optimizer, args) -> 
 
 def open_log(args, size: int):
     """log(event, step, row) adds to metrics.jsonl, cut to its first `size` bytes, and to --log."""
+    if RANK:
+        return lambda event, step, row: None
     file = open(Path(args.out, "metrics.jsonl"), "a", encoding="utf-8")
     file.truncate(size)
     tracker = importlib.import_module(args.log) if args.log else None
@@ -1060,19 +1111,21 @@ def catch_signals() -> list:
 
 def evaluate(actor) -> dict[str, float]:
     """Share of the held-out that one chain each solves, at temperature 1 and greedily."""
-    row, args, held_out = {}, actor.args, actor.task.held_out
+    args, held_out, solved = actor.args, actor.task.held_out, Counter()
     for name, temperature in (("success", 1.0), ("greedy_success", 0.0)):
-        generator, solved = torch.Generator(actor.model.device).manual_seed(0), 0
-        for part in tqdm(batches(held_out, args.at_once), name, leave=False, delay=1):
+        generator = torch.Generator(actor.model.device).manual_seed(RANK)
+        parts = batches(held_out[RANK::RANKS], args.at_once)
+        for part in tqdm(parts, name, leave=False, delay=1):
             starts = [(task, actor.root(task), 0) for task in part]
             actor.play((generator, temperature, 1.0, Counter()), starts)
-            solved += sum(root.leaves()[0].reward > args.success for _, root, _ in starts)
-        row[name] = solved / len(held_out)
-    leaf = starts[-1][1].leaves()[0]
-    text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
-    text = f"The last held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
-    Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
-    return row
+            leaves = [root.leaves()[0] for _, root, _ in starts]
+            solved[name] += sum(leaf.reward > args.success for leaf in leaves)
+    if RANK == 0:
+        leaf = leaves[-1]
+        text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
+        text = f"A held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
+        Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
+    return {name: solved / len(held_out) for name, solved in over_ranks(solved).items()}
 
 
 def batch_of(task, step: int, args, rng: random.Random) -> list:
@@ -1174,8 +1227,9 @@ def parse_args(cls, argv: list[str]):
 
 
 def pick_device(args) -> torch.device:
-    best = "cuda:0" if torch.cuda.is_available() else "cpu"
-    name = best if args.device == "auto" else args.device
+    cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    best = cuda if torch.cuda.is_available() else "cpu"
+    name = {"auto": best, "cuda": cuda}.get(args.device, args.device)
     with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -1183,6 +1237,8 @@ def pick_device(args) -> torch.device:
         torch.cuda.set_device(device)  # graphs and their random numbers are of the current one
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the tiny model gains little by two
+    if RANKS > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device
@@ -1191,7 +1247,13 @@ def pick_device(args) -> torch.device:
 def make_folder(args) -> Path:
     now = time.strftime("%Y%m%d-%H%M%S")  # another run may begin in the same second
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
+    if RANKS > 1:
+        names = [args.out]
+        together("broadcast_object_list", names)  # rank 0's
+        args.out = names[0]
     out = Path(args.out)
+    if RANK:
+        return out
     with blame(f"--out {out}"):
         out.mkdir(parents=True, exist_ok=True)
     if not args.resume and any(out.iterdir()):
@@ -1234,6 +1296,7 @@ def main(argv: list[str]) -> None:
     if not weights:
         model, tokenizer = start(sys.modules[__name__], args, task, device)
         save_model(out / "start", model, tokenizer)
+        over_ranks({})  # the others wait for it
     policy, reference = policy_and_reference(args, model, args.model or str(out / "start"))
     items = f"{len(task.training) or 'drawn'} problems, {len(task.held_out)} held out"
     print(f"{model.num_parameters():,} parameters, {device}, {args.dtype}; {items}", flush=True)
@@ -1241,16 +1304,23 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    try:  # what stops it is said in a line
-        main(argv)
+    status, heard = 1, (sys.stdout, sys.stderr)
+    if RANK:  # of other ranks only what stops them
+        heard = [open(os.devnull, "w")] * 2
+    try:
+        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
+            return main(argv)
     except BadInput as error:
-        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit(f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)")
+        line = f"stopped: {error}; go on with --resume (a lower --lr, or less at once: --help)"
     except KeyboardInterrupt as stop:
-        print(str(stop) or "stopped before the first step", file=sys.stderr)
-        sys.exit(130)
+        line, status = str(stop) or "stopped before the first step", 130
+    if RANK:
+        time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
+        line = f"\nrank {RANK}: {line}"
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

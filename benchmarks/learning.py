@@ -110,16 +110,19 @@ pairs = ("6,2,1,2 − 18 chains", "2,2,2,2 − 9 chains", "6,2,1,2 − 2,2,2,2",
 EXPERIMENTS["treerl"] = Experiment("treerl", {"": setting}, range(8), pairs, updates=48)
 
 SOKOBAN = {"steps": 60, "eval_every": 12, "max_steps": 15, "env": f"{ROOT}/envs/sokoban.py:Sokoban"}
-WORLDS = {  # flags, environment steps per update, seeds
-    "house": ({"steps": 40, "eval_every": 8}, 1250, 8),
-    "sokoban": ({**SOKOBAN, "omega": 0.8}, 1500, 3),
-    "sokoban, omega 0.1": (SOKOBAN, 1500, 3),
+ALFWORLD = {"steps": 20, "eval_every": 10, "max_steps": 20, "eval_tasks": 24}
+ALFWORLD["env"] = f"{ROOT}/envs/alfworld_games.py:ALFWorld:train,pick,heat"
+WORLDS = {  # flags, environment steps per update, seeds, seeds of the warm starts
+    "house": ({"steps": 40, "eval_every": 8}, 1250, 8, (0, 1)),
+    "sokoban": ({**SOKOBAN, "omega": 0.8}, 1500, 3, (0, 1)),
+    "sokoban, omega 0.1": (SOKOBAN, 1500, 3, (0, 1)),
+    "alfworld": (ALFWORLD, 1200, 4, (0,)),
 }
-for world, (told, budget, seeds) in WORLDS.items():
+for world, (told, budget, seeds, starts) in WORLDS.items():
     methods = {method: f"--method={method}" for method in ("graph_gpo", "gigpo", "grpo")}
-    setting = Setting(methods, {**told, "eval_tasks": 40}, budget, "env_steps")
+    setting = Setting(methods, {"eval_tasks": 40, **told}, budget, "env_steps")
     pairs = tuple(" − ".join(pair) for pair in itertools.combinations(methods, 2))
-    EXPERIMENTS[world] = Experiment("graph_gpo", {"": setting}, range(seeds), pairs, starts=(0, 1))
+    EXPERIMENTS[world] = Experiment("graph_gpo", {"": setting}, range(seeds), pairs, starts)
 
 
 # ------------------------------------------------------------------------------------------------------------- runs

@@ -41,7 +41,8 @@ def imitate(script, model, leaves: list, batch: int, args, lr: float = 3e-3) -> 
         slope = min(1, (step + 1) / 20, (1 - step / len(parts)) / 0.3)
         optimizer.param_groups[0]["lr"] = lr * slope
         one = torch.ones(1, 1)
-        groups = [script.Group(leaf.path()[0], [leaf], one, 1 / len(part)) for leaf in part]
+        own = part[script.RANK :: script.RANKS]
+        groups = [script.Group(leaf.path()[0], [leaf], one, 1 / len(part)) for leaf in own]
         script.update(model, None, optimizer, groups, args)
 
 

@@ -62,7 +62,7 @@ def prompt_of(script, chat, **how) -> list[int]:
         task = SimpleNamespace(reward=None)
         return treerl.Solver(*chat, treerl.Args(**how), task).root(Question).tokens
     player = player_in(World, *chat, history=1, **how)
-    task = player.begin(0, player.envs, False)
+    task = player.begin([0], 1, False)[0]
     task.told[0] = [f"seen {NAMES}\n> {NAMES}\n", "see more"]
     return task.root.tokens + player.prompt(task, 0).tokens
 

@@ -7,6 +7,7 @@ import itertools
 import math
 import pickle
 import random
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -541,7 +542,7 @@ def test_instruction_and_chat_template_are_around_every_prompt():
     model, tokenizer = tiny_model(["<user>"], torch.device("cpu"), 0)
     tokenizer.chat_template = "{% for m in messages %}<user>{{ m['content'] }}<end>{% endfor %}"
     player = player_in(Ring, model, tokenizer)
-    task = player.begin(6, [Ring(), Ring()], False)  # at 1 + 6 mod 5
+    (task,) = player.begin([6], 2, False)  # at 1 + 6 mod 5
     prompt = player.prompt(task, 0)
     text = tokenizer.decode(task.root.tokens + prompt.tokens)
     assert text == "<user>Walk round the ring.\nTask: go from 2 to 0.\nplace 2 and on and on\n<end>"
@@ -755,6 +756,44 @@ def test_a_world_that_fails_ends_its_own_rollout(how, monkeypatch, capsys):
     assert worlds[1] not in again.envs and set(task.envs) - {worlds[1]} < set(again.envs)
 
 
+def test_a_reset_that_fails_once_gets_another_world(monkeypatch, capsys):
+    monkeypatch.setattr(Faulty, "worlds", [])
+
+    class Breaking(Faulty):
+        def reset(self, seed=0, options=None):
+            if self is self.worlds[1]:
+                raise IndexError("no such game")
+            return super().reset(seed)
+
+    player = acting_in(Breaking, max_steps=3)
+    (task,) = player.play([0], 3, None, 1.0, Counter())
+    assert [len(rollout(task, k)) for k in range(3)] == [3, 3, 3]
+    assert Faulty.worlds[1] not in task.envs and len(set(task.envs)) == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no such game" in said
+
+
+def test_worlds_are_asked_side_by_side():
+    """Each waits until all four are asked."""
+
+    class Together(Faulty):
+        worlds = [None, None]  # noqa: RUF012 (so none fails)
+        threads, together = 4, threading.Barrier(4, timeout=30)
+
+        def reset(self, seed=0, options=None):
+            self.together.wait()
+            return super().reset(seed)
+
+        def step(self, action):
+            self.together.wait()
+            return super().step(action)
+
+    player = acting_in(Together, max_steps=3)
+    tasks = player.play([0, 1], 2, None, 1.0, Counter())
+    assert [[len(rollout(task, k)) for k in range(2)] for task in tasks] == [[3, 3], [3, 3]]
+    assert [step.transition.trajectory for step in tasks[0].steps] == [0, 1] * 3  # in their order
+
+
 def test_a_start_that_fails_is_refused():
     class Unseeded(Faulty):
         def reset(self, seed=0, options=None):
@@ -764,7 +803,7 @@ def test_a_start_that_fails_is_refused():
         def reset(self, seed=0, options=None):
             if seed == 7:
                 raise IndexError("no such game")
-            return super().reset(seed)
+            return super().reset(seed)  # and so does the world that it gets instead
 
     class Listing(Faulty):
         def reset(self, seed=0, options=None):

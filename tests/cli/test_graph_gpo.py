@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from cli.outside import NASTY, README, ROOT, equal_weights, metrics, snapshot, timeless
+from cli.outside import (
+    NASTY,
+    README,
+    ROOT,
+    equal_weights,
+    metrics,
+    refusal,
+    snapshot,
+    timeless,
+)
 
 SCRIPT = "graph_gpo"
 
@@ -124,6 +133,8 @@ class World:
     done: bool = True
     def reset(self, seed, options):
         return "Here.", {"task": "do it"}
+    def step(self, action):
+        return "Here.", 0.0, False, False, {}
 """
 
 
@@ -318,6 +329,15 @@ def test_a_world_that_does_not_obey_the_seed(run, walk, worlds):
     assert result.returncode == 2 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
     assert re.match(r"graph_gpo\.py: --env.* seed", last) and len(last) < 500
+
+
+def test_a_world_is_tried_before_anything_is_made(run, out, tmp_path):
+    text = (ROOT / "envs" / "line.py").read_text().replace("float(done), done, False, info", "done")
+    (tmp_path / "four.py").write_text(text)
+    result = run(f"--env {tmp_path}/four.py:Line --out out")
+    said = refusal(result)
+    assert "--env" in said and "unpack" in said
+    assert not out.exists()
 
 
 def test_success_is_measured_on_held_out_tasks_only(run, walk, worlds, out):
