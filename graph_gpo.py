@@ -280,8 +280,6 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
-    if RANKS > 1:
-        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -784,19 +782,23 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def together(collective: str, *values) -> None:
-    """One of torch.distributed's functions, which all ranks call at the same time."""
+@contextlib.contextmanager
+def together():
+    """For what all ranks do at the same time."""
     try:
-        getattr(torch.distributed, collective)(*values)
+        yield
     except RuntimeError:
+        if RANKS == 1:
+            raise
         sys.exit(1)  # another rank has failed, and said why
 
 
 def over_ranks(counts: dict) -> Counter:
     """Sums of numbers over all ranks, for which this waits."""
     found, total = [counts] * RANKS, Counter()
-    if RANKS > 1:
-        together("all_gather_object", found, counts)
+    with together():
+        if RANKS > 1:
+            torch.distributed.all_gather_object(found, counts)
     for part in found:
         total.update(part)
     return total
@@ -810,7 +812,8 @@ def sum_gradients(model) -> None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     flat = torch.nn.utils.parameters_to_vector(gradients)
-    together("all_reduce", flat)
+    with together():
+        torch.distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat, gradients)
 
 
@@ -1056,7 +1059,7 @@ class Player:
         failed, successful = (steps[won, True] + steps[won, False] for won in (False, True))
         row["progress_in_failed"] = steps[False, True] / failed if failed else None
         row["waste_in_successful"] = steps[True, False] / successful if successful else None
-        text = f"A held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
+        text = f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
         text += f"\n\n~~~~text\n{''.join(task.told[0])}\n~~~~\n"
         if RANK == 0:
             Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
@@ -1369,7 +1372,7 @@ def make_folder(args) -> Path:
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     if RANKS > 1:
         names = [args.out]
-        together("broadcast_object_list", names)  # rank 0's
+        torch.distributed.broadcast_object_list(names)  # rank 0's
         args.out = names[0]
     out = Path(args.out)
     if RANK:
@@ -1419,12 +1422,11 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    status, heard = 1, (sys.stdout, sys.stderr)
-    if RANK:  # of other ranks only what stops them
-        heard = [open(os.devnull, "w")] * 2
+    if RANK:  # rank 0 is heard alone, and what stops another
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    status = 1
     try:
-        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
-            return main(argv)
+        return main(argv)
     except BadInput as error:
         line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
@@ -1434,7 +1436,7 @@ def cli(argv: list[str]) -> None:
     if RANK:
         time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
         line = f"\nrank {RANK}: {line}"
-    print(line, file=sys.stderr)
+    print(line, file=sys.__stderr__)
     sys.exit(status)
 
 

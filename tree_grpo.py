@@ -187,10 +187,9 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
             agent.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
-        for _, root in prompts:
-            rewards = [leaf.reward for leaf in root.leaves()]
-            won = sum(reward > args.success for reward in rewards)
-            counts.update(leaves=len(rewards), reward=sum(rewards), success=won)
+        rewards = [leaf.reward for _, root in prompts for leaf in root.leaves()]
+        counts["leaves"], counts["reward"] = len(rewards), sum(rewards)
+        counts["success"] = sum(reward > args.success for reward in rewards)
         row |= {**over_ranks(counts), "lr": lr}
         row["reward"] /= row["leaves"]
         row["success"] /= row["leaves"]
@@ -214,8 +213,6 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
-    if RANKS > 1:
-        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -718,19 +715,23 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def together(collective: str, *values) -> None:
-    """One of torch.distributed's functions, which all ranks call at the same time."""
+@contextlib.contextmanager
+def together():
+    """For what all ranks do at the same time."""
     try:
-        getattr(torch.distributed, collective)(*values)
+        yield
     except RuntimeError:
+        if RANKS == 1:
+            raise
         sys.exit(1)  # another rank has failed, and said why
 
 
 def over_ranks(counts: dict) -> Counter:
     """Sums of numbers over all ranks, for which this waits."""
     found, total = [counts] * RANKS, Counter()
-    if RANKS > 1:
-        together("all_gather_object", found, counts)
+    with together():
+        if RANKS > 1:
+            torch.distributed.all_gather_object(found, counts)
     for part in found:
         total.update(part)
     return total
@@ -744,7 +745,8 @@ def sum_gradients(model) -> None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     flat = torch.nn.utils.parameters_to_vector(gradients)
-    together("all_reduce", flat)
+    with together():
+        torch.distributed.all_reduce(flat)
     torch.nn.utils.vector_to_parameters(flat, gradients)
 
 
@@ -1107,7 +1109,8 @@ def evaluate(actor) -> dict[str, float]:
     if RANK == 0:
         leaf = leaves[-1]
         text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
-        text = f"A held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
+        text = f"~~~~text\n{text}\n~~~~\n"
+        text = f"A held-out one, greedy. Reward {leaf.reward:g}.\n\n{text}"
         Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
     return {name: solved / len(held_out) for name, solved in over_ranks(solved).items()}
 
@@ -1238,7 +1241,7 @@ def make_folder(args) -> Path:
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     if RANKS > 1:
         names = [args.out]
-        together("broadcast_object_list", names)  # rank 0's
+        torch.distributed.broadcast_object_list(names)  # rank 0's
         args.out = names[0]
     out = Path(args.out)
     if RANK:
@@ -1297,12 +1300,11 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    status, heard = 1, (sys.stdout, sys.stderr)
-    if RANK:  # of other ranks only what stops them
-        heard = [open(os.devnull, "w")] * 2
+    if RANK:  # rank 0 is heard alone, and what stops another
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+    status = 1
     try:
-        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
-            return main(argv)
+        return main(argv)
     except BadInput as error:
         line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
@@ -1312,7 +1314,7 @@ def cli(argv: list[str]) -> None:
     if RANK:
         time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
         line = f"\nrank {RANK}: {line}"
-    print(line, file=sys.stderr)
+    print(line, file=sys.__stderr__)
     sys.exit(status)
 
 
