@@ -42,6 +42,7 @@ import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -280,6 +281,8 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -782,23 +785,21 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@contextlib.contextmanager
-def together():
-    """For what all ranks do at the same time."""
+def together(collective: str, *values) -> None:
+    """One of torch.distributed's functions, which all ranks call at the same time."""
     try:
-        yield
-    except RuntimeError:
-        if RANKS == 1:
-            raise
-        sys.exit(1)  # another rank has failed, and said why
+        getattr(torch.distributed, collective)(*values)
+    except RuntimeError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # torchrun has ended this by then, if another rank failed and said why
+        raise ConnectionError(f"torch.distributed: {error}") from None
 
 
 def over_ranks(counts: dict) -> Counter:
     """Sums of numbers over all ranks, for which this waits."""
     found, total = [counts] * RANKS, Counter()
-    with together():
-        if RANKS > 1:
-            torch.distributed.all_gather_object(found, counts)
+    if RANKS > 1:
+        together("all_gather_object", found, counts)
     for part in found:
         total.update(part)
     return total
@@ -812,8 +813,7 @@ def sum_gradients(model) -> None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     flat = torch.nn.utils.parameters_to_vector(gradients)
-    with together():
-        torch.distributed.all_reduce(flat)
+    together("all_reduce", flat)
     torch.nn.utils.vector_to_parameters(flat, gradients)
 
 
@@ -1012,7 +1012,7 @@ class Player:
     def replace(self, env, error: str):
         """Another world for one that fails."""
         tqdm.write(f"the world failed {error}", file=sys.stderr)
-        place = self.envs.index(env)
+        (place,) = (i for i, other in enumerate(self.envs) if other is env)
         with blame("--env"):
             self.envs[place] = self.make_env()
         return self.envs[place]
@@ -1059,9 +1059,9 @@ class Player:
         failed, successful = (steps[won, True] + steps[won, False] for won in (False, True))
         row["progress_in_failed"] = steps[False, True] / failed if failed else None
         row["waste_in_successful"] = steps[True, False] / successful if successful else None
-        text = f"The last held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
-        text += f"\n\n~~~~text\n{''.join(task.told[0])}\n~~~~\n"
         if RANK == 0:
+            text = f"A held-out one, greedy: {task.text} Reward {task.returns[0]:g}."
+            text += f"\n\n~~~~text\n{''.join(task.told[0])}\n~~~~\n"
             Path(self.args.out, "episode.md").write_text(text, "utf-8", "replace")
         return row
 
@@ -1353,6 +1353,8 @@ def pick_device(args) -> torch.device:
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     best = cuda if torch.cuda.is_available() else "cpu"
     name = {"auto": best, "cuda": cuda}.get(args.device, args.device)
+    if RANKS > 1 and args.device not in ("auto", "cuda", "cpu"):
+        raise BadInput(f"--device {name}: torchrun gives each process a GPU of its own")
     with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -1361,7 +1363,8 @@ def pick_device(args) -> torch.device:
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the tiny model gains little by two
     if RANKS > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
+        torch.distributed.init_process_group(backend, timeout=patience)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device
@@ -1372,7 +1375,7 @@ def make_folder(args) -> Path:
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     if RANKS > 1:
         names = [args.out]
-        torch.distributed.broadcast_object_list(names)  # rank 0's
+        together("broadcast_object_list", names)  # rank 0's
         args.out = names[0]
     out = Path(args.out)
     if RANK:
@@ -1401,7 +1404,8 @@ def main(argv: list[str]) -> None:
         env = make_env()
         for held_out in (True, False):
             env.reset(seed=0, options={"held_out": held_out})[1]["task"]
-            take(env, env.demonstrate(random.Random(0)) if hasattr(env, "demonstrate") else "look")
+            if hasattr(env, "demonstrate"):
+                take(env, env.demonstrate(random.Random(0)))
     start = load_beside("tiny.py", "graph_gpo")
     if weights:
         model, tokenizer = load_model(weights, device, "--resume" if state else "--model")
@@ -1422,11 +1426,12 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    if RANK:  # rank 0 is heard alone, and what stops another
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    status = 1
+    status, heard = 1, (sys.stdout, sys.stderr)
+    if RANK:  # of other ranks only what stops them
+        heard = [open(os.devnull, "w")] * 2
     try:
-        return main(argv)
+        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
+            return main(argv)
     except BadInput as error:
         line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
@@ -1434,9 +1439,10 @@ def cli(argv: list[str]) -> None:
     except KeyboardInterrupt as stop:
         line, status = str(stop) or "stopped before the first step", 130
     if RANK:
-        time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
-        line = f"\nrank {RANK}: {line}"
-    print(line, file=sys.__stderr__)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # torchrun has ended this by then, if rank 0 failed as well
+        line = f"\nrank {RANK}: {line}" if status != 130 else ""
+    print(line, file=sys.stderr)
     sys.exit(status)
 
 

@@ -39,6 +39,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,9 +188,10 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
             agent.model.load_state_dict(model.state_dict())
 
         # 4. Log, draw, evaluate, save.
-        rewards = [leaf.reward for _, root in prompts for leaf in root.leaves()]
-        counts["leaves"], counts["reward"] = len(rewards), sum(rewards)
-        counts["success"] = sum(reward > args.success for reward in rewards)
+        for _, root in prompts:
+            rewards = [leaf.reward for leaf in root.leaves()]
+            won = sum(reward > args.success for reward in rewards)
+            counts.update(leaves=len(rewards), reward=sum(rewards), success=won)
         row |= {**over_ranks(counts), "lr": lr}
         row["reward"] /= row["leaves"]
         row["success"] /= row["leaves"]
@@ -213,6 +215,8 @@ def train(args, model, reference, agent: Agent, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
+    if RANKS > 1:
+        torch.distributed.destroy_process_group()
 
 
 # ==================================================================================================
@@ -715,23 +719,21 @@ def batch_loss(packed: Packed, logps: Tensor, args) -> tuple[Tensor, dict]:
 RANK, RANKS = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-@contextlib.contextmanager
-def together():
-    """For what all ranks do at the same time."""
+def together(collective: str, *values) -> None:
+    """One of torch.distributed's functions, which all ranks call at the same time."""
     try:
-        yield
-    except RuntimeError:
-        if RANKS == 1:
-            raise
-        sys.exit(1)  # another rank has failed, and said why
+        getattr(torch.distributed, collective)(*values)
+    except RuntimeError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)  # torchrun has ended this by then, if another rank failed and said why
+        raise ConnectionError(f"torch.distributed: {error}") from None
 
 
 def over_ranks(counts: dict) -> Counter:
     """Sums of numbers over all ranks, for which this waits."""
     found, total = [counts] * RANKS, Counter()
-    with together():
-        if RANKS > 1:
-            torch.distributed.all_gather_object(found, counts)
+    if RANKS > 1:
+        together("all_gather_object", found, counts)
     for part in found:
         total.update(part)
     return total
@@ -745,8 +747,7 @@ def sum_gradients(model) -> None:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     flat = torch.nn.utils.parameters_to_vector(gradients)
-    with together():
-        torch.distributed.all_reduce(flat)
+    together("all_reduce", flat)
     torch.nn.utils.vector_to_parameters(flat, gradients)
 
 
@@ -1109,8 +1110,7 @@ def evaluate(actor) -> dict[str, float]:
     if RANK == 0:
         leaf = leaves[-1]
         text = actor.tokenizer.decode([token for node in leaf.path() for token in node.tokens])
-        text = f"~~~~text\n{text}\n~~~~\n"
-        text = f"A held-out one, greedy. Reward {leaf.reward:g}.\n\n{text}"
+        text = f"A held-out one, greedy. Reward {leaf.reward:g}.\n\n~~~~text\n{text}\n~~~~\n"
         Path(args.out, "episode.md").write_text(text, "utf-8", "replace")
     return {name: solved / len(held_out) for name, solved in over_ranks(solved).items()}
 
@@ -1222,6 +1222,8 @@ def pick_device(args) -> torch.device:
     cuda = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     best = cuda if torch.cuda.is_available() else "cpu"
     name = {"auto": best, "cuda": cuda}.get(args.device, args.device)
+    if RANKS > 1 and args.device not in ("auto", "cuda", "cpu"):
+        raise BadInput(f"--device {name}: torchrun gives each process a GPU of its own")
     with blame(f"--device {name}: not available here"):
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -1230,7 +1232,8 @@ def pick_device(args) -> torch.device:
     elif not args.model and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # the tiny model gains little by two
     if RANKS > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend, patience = "nccl" if device.type == "cuda" else "gloo", timedelta(hours=2)
+        torch.distributed.init_process_group(backend, timeout=patience)
     if args.dtype == "auto":
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     return device
@@ -1241,7 +1244,7 @@ def make_folder(args) -> Path:
     args.out = args.out or f"runs/{Path(__file__).stem}-{now}-{os.getpid()}"
     if RANKS > 1:
         names = [args.out]
-        torch.distributed.broadcast_object_list(names)  # rank 0's
+        together("broadcast_object_list", names)  # rank 0's
         args.out = names[0]
     out = Path(args.out)
     if RANK:
@@ -1300,11 +1303,12 @@ def main(argv: list[str]) -> None:
 
 
 def cli(argv: list[str]) -> None:
-    if RANK:  # rank 0 is heard alone, and what stops another
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    status = 1
+    status, heard = 1, (sys.stdout, sys.stderr)
+    if RANK:  # of other ranks only what stops them
+        heard = [open(os.devnull, "w")] * 2
     try:
-        return main(argv)
+        with contextlib.redirect_stdout(heard[0]), contextlib.redirect_stderr(heard[1]):
+            return main(argv)
     except BadInput as error:
         line, status = f"{Path(__file__).name}: {' '.join(str(error).split())}", 2
     except (FloatingPointError, OSError, torch.OutOfMemoryError) as error:
@@ -1312,9 +1316,10 @@ def cli(argv: list[str]) -> None:
     except KeyboardInterrupt as stop:
         line, status = str(stop) or "stopped before the first step", 130
     if RANK:
-        time.sleep(3)  # by then torchrun has ended this, if rank 0 stopped as well
-        line = f"\nrank {RANK}: {line}"
-    print(line, file=sys.__stderr__)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)  # torchrun has ended this by then, if rank 0 failed as well
+        line = f"\nrank {RANK}: {line}" if status != 130 else ""
+    print(line, file=sys.stderr)
     sys.exit(status)
 
 

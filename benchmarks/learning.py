@@ -26,6 +26,8 @@ the two that are compared ends; chains go on for longer to make that fair.
 
 house, sokoban: graph_gpo.py, the three methods, from each of two warm starts. Runs with one seed have the same tasks
 whatever their start: they are averaged over the starts, and intervals and tests are over seeds, for these two starts.
+alfworld: the same from one warm start, in the training games of ALFWorld (in $ALFWORLD_DATA) of two kinds, of which a
+fifth is held out.
 """
 
 import contextlib

@@ -7,6 +7,7 @@ Seconds per training step, of rank 0 and of the others' mean: all, sampling and 
 reach a point where all have to be), exchanging (what comes after that: gradients, and the counts of a step).
 """
 
+import os
 import sys
 import tempfile
 import time
@@ -39,7 +40,8 @@ def all_reduce_alone(numbers: int) -> None:
     distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     flat, seconds = torch.zeros(numbers), []
     if torch.cuda.is_available():
-        flat = flat.to(f"cuda:{distributed.get_rank()}")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        flat = flat.cuda()
     for _ in range(5):
         distributed.barrier()
         began = time.perf_counter()

@@ -6,9 +6,12 @@ After the first colon comes the world as --env would have it. graph_gpo.py asks 
 a time. A process holds one world, and ends with it; what the world prints goes to stderr. An error
 in a world is raised here as well, as is the end of its process, and ends one rollout."""
 
+import contextlib
 import importlib.util
+import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -26,11 +29,14 @@ class Process:
             stdout=pipe,
             start_new_session=True,  # Ctrl-C is not for it
         )
-        told, demonstrates = self.ask("about")
+        told, self.demonstrates = self.ask("about")
         for name, value in told.items():
             setattr(self, name, value)
-        if demonstrates:
-            self.demonstrate = lambda rng: self.ask("demonstrate", rng.getrandbits(60))
+
+    def __getattr__(self, name: str):
+        if name == "demonstrate" and self.__dict__.get("demonstrates"):
+            return lambda rng: self.ask("demonstrate", rng.getrandbits(60))
+        raise AttributeError(name)
 
     def ask(self, call: str, *values):
         """What the world answers to a call of one of its methods."""
@@ -51,8 +57,12 @@ class Process:
         return self.ask("step", action)
 
     def __del__(self):
-        self.process.kill()
-        self.process.communicate()  # closes the pipes
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with what the world has started
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
+        self.process.wait()
 
 
 # ------------------------------------------------------------------------- in the process itself
@@ -70,11 +80,12 @@ def make(spec: str):
 
 def serve(spec: str) -> None:
     """Answers calls from stdin on stdout, until stdin ends: (error, None) or (None, answer)."""
-    answers, sys.stdout = sys.stdout.buffer, sys.stderr
-    world = None
+    calls, answers, world = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), None
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # the world, and what it starts, have others
+    os.dup2(2, 1)
     while True:
         try:
-            call, values = pickle.load(sys.stdin.buffer)
+            call, values = pickle.load(calls)
         except EOFError:
             return
         try:

@@ -5,8 +5,10 @@ import importlib.util
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from unittest import mock
@@ -325,6 +327,29 @@ def test_a_world_in_a_process_is_the_world():
             action = process.demonstrate(random.Random(i))
             assert action == world.demonstrate(seeded)
             assert process.step(action) == world.step(action)
+
+
+LOUD = """
+import subprocess
+class Loud:
+    def reset(self, seed=0, options=None):
+        subprocess.run(["echo", "not for the pipe"])
+        subprocess.Popen(["sleep", "600"])
+        return "here", {"task": "x"}
+"""
+
+
+def test_what_a_world_starts_says_and_leaves_nothing(tmp_path):
+    (tmp_path / "loud.py").write_text(LOUD)
+    process = load("processes").Process(f"{tmp_path}/loud.py:Loud")
+    assert process.reset(3) == ("here", {"task": "x"})
+    group, began = process.process.pid, time.monotonic()
+    del process
+    assert time.monotonic() - began < 60  # it does not wait for what the world has started
+    if shutil.which("ps"):
+        command = ["ps", "-o", "stat=", "-g", str(group)]
+        left = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        assert all(state.startswith("Z") for state in left.stdout.split())
 
 
 def test_a_process_says_what_failed_and_that_it_ended(tmp_path):

@@ -26,7 +26,6 @@ SMALL = {
     treerl: f"{SMALL} --prompts 5 --eval-prompts 5 --keep 8",
     graph_gpo: f"{SMALL} --tasks 5 --K 4 --eval-tasks 5 --max-steps 8",
 }
-SCRIPTS = pytest.mark.parametrize("script", SMALL, ids=lambda script: script.__name__)
 
 
 def run(ranks: int, folder: Path, script, line: str, **environment):
@@ -101,12 +100,21 @@ def test_prompts_are_dealt_by_step_and_place(two, tmp_path):
         """In graph_gpo.py a task has a group for each of its states, all with one root."""
         return list(dict.fromkeys(tuple(group.root.tokens) for group in groups))
 
+    # The warm start was shared out as well, and so were the held-out.
+    start, alone = (folder / "out" / "start", tmp_path / "out" / "start")
+    weights = [script.load_model(str(path), torch.device("cpu"))[0] for path in (start, alone)]
+    for one, other in zip(*(model.parameters() for model in weights)):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    logs = [path.parent.joinpath("metrics.jsonl").read_text() for path in (start, alone)]
+    evaluated = [json.loads(log.splitlines()[0]) for log in logs]
+    assert evaluated[0]["greedy_success"] == evaluated[1]["greedy_success"]
     first, second = map(prompts, trained_on(folder, 0))
     (both,) = map(prompts, trained_on(tmp_path, 0))
     assert both[0::2] == first
     assert both[1::2] == second
 
 
+@pytest.mark.parametrize("two", [graph_gpo], indirect=True)
 def test_going_on_with_another_number_of_ranks(two, tmp_path):
     script, folder, _ = two
     shutil.copytree(folder / "out", tmp_path / "out")
@@ -121,7 +129,7 @@ def test_one_rank_writes_and_counts_are_of_all(two):
     lines = (folder / "out" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines] == ["eval", *["train"] * 5, "eval"]
     assert result.stdout.count("model in") == 1
-    assert result.stderr.count("held-out success") == 0
+    assert result.stdout.count("held-out success") == 2
     for step, row in enumerate(train_rows(folder)):
         nodes = {}
         for groups in trained_on(folder, step):
@@ -131,7 +139,18 @@ def test_one_rank_writes_and_counts_are_of_all(two):
         assert row["generated_tokens"] == drawn or script is not treerl
         assert row["generated_tokens"] >= drawn > row["generated_tokens"] / 2
         if script is not graph_gpo:
-            assert row["leaves"] == sum(not node.children for node in nodes.values())
+            rewards = [node.reward for node in nodes.values() if not node.children]
+            won = [reward > 0.5 for reward in rewards]
+            assert row["leaves"] == len(rewards)
+            assert row["reward"] == pytest.approx(sum(rewards) / len(rewards))
+            assert row["success"] == pytest.approx(sum(won) / len(won))
+
+
+def test_more_ranks_than_tasks(tmp_path):
+    line = f"{SMALL[graph_gpo]} --tasks 2 --eval-tasks 1 --steps 1 --out out"
+    result = run(3, tmp_path, graph_gpo, line)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert [len(groups) > 0 for groups in trained_on(tmp_path, 0)] == [True, True, False]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
