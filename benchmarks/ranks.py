@@ -77,7 +77,7 @@ def run(script, arguments: list[str]) -> None:
         names = ("step", "sampling", "waiting", "exchanging")
         cells = [
             (who, *(f"{sum(row[i][name] for row in rows) / len(rows):.3f}" for name in names))
-            for i, who in enumerate(("rank 0", "the others"))
+            for i, who in enumerate(("rank 0", "the others")[: script.RANKS])
         ]
         print(common.table(["seconds a step", *names], cells))
 
