@@ -1012,7 +1012,7 @@ class Player:
     def replace(self, env, error: str):
         """Another world for one that fails."""
         tqdm.write(f"the world failed {error}", file=sys.stderr)
-        (place,) = (i for i, other in enumerate(self.envs) if other is env)
+        place = next(i for i, other in enumerate(self.envs) if other is env)
         with blame("--env"):
             self.envs[place] = self.make_env()
         return self.envs[place]

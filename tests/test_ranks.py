@@ -32,7 +32,8 @@ def run(ranks: int, folder: Path, script, line: str, **environment):
     """The finished process; what its ranks trained on is in folder/record, the run in folder/out."""
     (folder / "record").mkdir(exist_ok=True)
     own = [str(folder / "record"), script.__name__, *line.split()]
-    command = [sys.executable, "-m", *TORCHRUN, str(ranks), RECORD, *own]
+    started = ["-m", *TORCHRUN, str(ranks)] if ranks > 1 else []
+    command = [sys.executable, *started, RECORD, *own]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     how = {"env": env, "capture_output": True, "text": True, "cwd": folder}
     return subprocess.run(command, check=False, **how)
