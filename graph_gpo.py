@@ -991,8 +991,9 @@ class Player:
                 break
             nodes = self.act(live, generator, temperature, counts)
             counts["env_steps"] += len(live)
-            outcomes = self.side_by_side(self.ask, live, nodes)
-            taken = zip(live, nodes, outcomes)
+            actions = [self.action(node) for node in nodes]
+            outcomes = self.side_by_side(self.ask, live, actions)
+            taken = zip(live, nodes, actions, outcomes)
             live = [(task, k) for (task, k), *step in taken if self.step(task, k, *step, counts)]
             forget(nodes)
             kept = [node for task in tasks for node in task.root.children if node.cached]
@@ -1001,11 +1002,11 @@ class Player:
         forget(node for task in tasks for node in task.root.below())
         return tasks
 
-    def ask(self, rollout: tuple[Task, int], node: Node):
+    def ask(self, rollout: tuple[Task, int], action: str):
         """The outcome of a rollout's action in its world; if it fails, its error."""
         task, k = rollout
         try:
-            return take(task.envs[k], self.action(node))
+            return take(task.envs[k], action)
         except (Exception, SystemExit) as error:  # noqa: BLE001 (in any way)
             return error
 
@@ -1017,10 +1018,10 @@ class Player:
             self.envs[place] = self.make_env()
         return self.envs[place]
 
-    def step(self, task: Task, k: int, node: Node, outcome, counts: Counter) -> bool:
+    def step(self, task: Task, k: int, node: Node, action: str, outcome, counts) -> bool:
         """What follows from a rollout's action. Does it go on? Not where the world failed, which
         counts as a valid step that changes nothing and earns 0."""
-        action, before = self.action(node), task.states[k]
+        before = task.states[k]
         if isinstance(outcome, BaseException):
             self.replace(task.envs[k], f"at {action!r}: {outcome!r}")
             outcome = "", 0.0, False, True, True, before

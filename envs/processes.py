@@ -67,7 +67,7 @@ class Process:
 
 # ------------------------------------------------------------------------- in the process itself
 def make(spec: str):
-    """FILE.py:NAME[:TEXT] -> a world."""
+    """FILE.py:NAME[:TEXT] -> a world. As the scripts' load_named; these would import torch."""
     path, _, name = spec.partition(".py:")
     name, *text = name.split(":", 1)
     path = Path(f"{path}.py").resolve()
