@@ -345,7 +345,10 @@ class Lanes:
         longest = max(n + len(new) for n, new in zip(self.length, self.new))
         self.room = longest + max(64, longest // 2)
         # The last slot of a lane is for pads. P is 1 at least: kernels may refuse empty matrices.
-        P, S = max(1, *(root.cached for root in rows)), self.room + 1
+        P = max(1, *(root.cached for root in rows))
+        if self.recorded:  # on CUDA products of such sizes are faster
+            self.room, P = -(-self.room // 8) * 8, -(-P // 8) * 8
+        S = self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
         # What a step reads and writes, in places that stay.
@@ -496,27 +499,44 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
-    token = draw_index(probs, generator)
+    first = token = draw_index(probs, generator)
+    if top_p == 1:
+        return token[:, 0]
     # No sort of the vocabulary: a token outside the nucleus is drawn again among those before it.
-    # How often this happens in a row is a Poisson variable of mean -log(top_p), or fewer times: the
-    # rounds below do not suffice with a probability under 1e-9.
+    # How often this happens in a row is a Poisson variable of mean -log(top_p), or fewer times, and
+    # the share of rows with such a token 1 - top_p or less: the rounds below, or the rows in them,
+    # do not suffice with a probability under 1e-9.
     word = torch.arange(logits.shape[-1], device=logits.device)
-    for _ in range(8 - int(6 * math.log(top_p)) if top_p < 1 else 0):
+    recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
+    for i in range(7 - int(6 * math.log(top_p))):
         p = probs.gather(-1, token)
         before = (probs > p) | (probs == p) & (word < token)
         likelier = probs.where(before, 0)
         outside = likelier.sum(-1, keepdim=True) >= top_p
-        recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
         if not recording and not outside.any():  # while it records nothing can be asked for
             break
+        if recording and i == 0:
+            mean = len(probs) * (1 - top_p)
+            most = min(len(probs), int(mean + 7 * mean**0.5) + 14)
+            rows = outside[:, 0].int().topk(most).indices
+            probs, likelier, outside, token = (x[rows] for x in (probs, likelier, outside, token))
         token = torch.where(outside, draw_index(likelier, generator), token)
+    if recording:
+        token = first.index_copy(0, rows, token)
     return token[:, 0]
 
 
 def draw_index(weights: Tensor, generator) -> Tensor:
-    """An index of each row of weights (B, V), drawn in proportion, (B, 1), by one random number;
-    torch.multinomial would draw V of them."""
+    """An index of each row of weights (B, V), drawn in proportion, (B, 1), by one or two random
+    numbers; torch.multinomial would draw V of them."""
     exact = torch.float32 if weights.device.type == "mps" else torch.float64  # mps has no other
+    V = weights.shape[-1]
+    size = math.gcd(V, 512)
+    if V > 4096 and size > 1:  # first a block of words: a running sum over all of them is slow
+        blocks = weights.unflatten(-1, (-1, size))
+        block = draw_index(blocks.sum(-1), generator)
+        inside = blocks.take_along_dim(block[:, :, None], 1)[:, 0]
+        return size * block + draw_index(inside, generator)
     ends = weights.cumsum(-1, dtype=exact)
     at = torch.rand(len(ends), 1, dtype=exact, device=ends.device, generator=generator)
     return torch.searchsorted(ends, ends[:, -1:] * at, right=True).clamp(max=ends.shape[-1] - 1)
@@ -1014,6 +1034,10 @@ def policy_and_reference(args, model, start: str):
     policy = copy.deepcopy(model)
     for parameter in policy.parameters():  # not the buffers: RoPE needs float32
         parameter.data = parameter.data.to(torch.bfloat16)
+    for norm in policy.modules():
+        if type(norm).__name__.endswith("RMSNorm"):  # one kernel in place of seven
+            how = {"weight": norm.weight, "eps": norm.variance_epsilon}
+            norm.forward = functools.partial(F.rms_norm, normalized_shape=norm.weight.shape, **how)
     return policy, reference
 
 

@@ -81,6 +81,18 @@ def make_question(rng: random.Random, max_hops: int, held_out: bool) -> Question
 class Facts:
     """Questions without end. hops: the most of a question, 2, 3 or 4."""
 
+    # Told to models with a chat template. A small one does not search without an example.
+    instruction = """Look up one fact after another until you know the answer, one action a turn, as
+in this example:
+
+Question: Who is the mayor of the birthplace of Ada?
+<think> first the birthplace </think> <search> birthplace of Ada </search>
+<information> the birthplace of Ada is Rome </information>
+<think> now the mayor </think> <search> mayor of Rome </search>
+<information> the mayor of Rome is Bob </information>
+<think> that is it </think> <answer> Bob </answer>
+
+You have {turns} turns. Question: """
     words = WORDS
 
     def __init__(self, args, hops: str = "3"):

@@ -84,25 +84,33 @@ def treerl(script, args, task, device: torch.device):
     return model, tokenizer
 
 
-def graph_gpo(script, args, world, device: torch.device):
-    """On single steps: env.demonstrate(rng)."""
-    script.quiet_transformers()
-    model, tokenizer = tiny_model(world().words, device, args.seed)
+def shown_steps(script, model, tokenizer, args, world, count: int) -> list:
+    """`count` steps, in random order, of episodes that env.demonstrate(rng) plays, each a node below
+    its prompt. A chat model is shown how actions are marked."""
     rng = random.Random(f"{args.seed}/demonstrations")
+    form = "<action>{}</action>" if tokenizer.chat_template else "{}"
 
     class Demonstrator(script.Player):
         def act(self, live, *_):
             nodes = [script.Node(self.prompt(task, k)) for task, k in live]
             for node, (task, k) in zip(nodes, live):
-                text = task.envs[k].demonstrate(rng)
+                text = form.format(task.envs[k].demonstrate(rng))
                 node.tokens = [*self.encode(text), self.tokenizer.eos_token_id]
                 node.logps = [0.0] * len(node.tokens)
             return nodes
 
     player, leaves = Demonstrator(model, tokenizer, args, world), []
-    while len(leaves) < 128 * args.sft_steps:
+    while len(leaves) < count:
         seeds = [rng.getrandbits(32) for _ in range(64)]
         tasks = player.play(seeds, 1, None, 1.0, Counter())
         leaves += [step.node for task in tasks for step in task.steps]
-    imitate(script, model, rng.sample(leaves, 128 * args.sft_steps), 128, args)
+    return rng.sample(leaves, count)
+
+
+def graph_gpo(script, args, world, device: torch.device):
+    """On single steps: env.demonstrate(rng)."""
+    script.quiet_transformers()
+    model, tokenizer = tiny_model(world().words, device, args.seed)
+    leaves = shown_steps(script, model, tokenizer, args, world, 128 * args.sft_steps)
+    imitate(script, model, leaves, 128, args)
     return model, tokenizer

@@ -3,6 +3,7 @@
 made of, and which models load. The trees are grown by each script's own search (conftest.py)."""
 
 import functools
+import math
 import random
 from collections import Counter
 
@@ -340,6 +341,24 @@ def test_draws_are_from_the_nucleus_that_sorting_gives(top_p, capturing, monkeyp
     counts = draw(logits.expand(40_000, 30), 1.0, top_p, None).bincount(minlength=30)
     assert not counts[probs == 0].any()
     assert chi_square(counts.tolist(), probs)[1] == 0 or p_value(counts.tolist(), probs) > 1e-5
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("V", [5003, 5120])  # with 5120 words a block is drawn first
+def test_draws_from_many_words_are_in_proportion(V, top_p, capturing, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    draw = functools.partial(draw_while_recording, tree_grpo.draw) if capturing else tree_grpo.draw
+    torch.manual_seed(V)
+    logits = torch.full((V,), -math.inf)
+    words = torch.randperm(V)[:40]
+    logits[words] = torch.randn(40) * 1.5
+    ranked, order = logits.double().softmax(-1).sort(descending=True, stable=True)
+    ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+    probs = torch.zeros(V, dtype=torch.float64).scatter(0, order, ranked / ranked.sum())
+    counts = sum(draw(logits.expand(2000, V), 1.0, top_p, None).bincount(minlength=V) for _ in range(10))
+    assert not counts[probs == 0].any()
+    assert p_value(counts[words].tolist(), probs[words]) > 1e-5
 
 
 @pytest.mark.parametrize("capturing", [False, True])

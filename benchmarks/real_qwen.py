@@ -1,0 +1,410 @@
+"""What a pretrained Qwen learns in minutes on one GPU, and how fast. One command an item:
+
+    python benchmarks/real_qwen.py treerl --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --minutes 5
+
+    treerl, chainrl             treerl.py and its baseline on GSM8K (--data train.jsonl)
+    tree_grpo, grpo             tree_grpo.py and its baseline on HotpotQA (--data hotpot_train_v1.1.json), BM25 over its
+                                passages; without --data on the built-in questions, told in words
+    graph_gpo, gigpo, episodes  graph_gpo.py and its baselines in the house, told in words, after --imitate supervised steps on
+                                its demonstrations: untrained, a 0.5B never succeeds there
+    search                      untrained: pass rate of EPTree and of chains over generated tokens (TreeRL, Figure 1)
+    alignment                   untrained, on HotpotQA: how well one update's gradient points, of chains and of trees
+    report                      tables and figure of what is in --rows; nothing is measured
+
+The first seven run the script as its own command line would, with the arguments below and those that are given beside
+the options, but write no checkpoints and no model. Training ends so early that the last evaluation ends after --minutes, or when --tokens
+were generated, for a comparison at equal tokens. Rows are added to --rows as they come, each with the item and the seconds
+since training began: a run that is killed leaves its curve. --gpu-memory 24 allows no more than a card of 24 GB has.
+
+search: --problems, 32 at a time, each with 40 chains and with EPTree's trees. The pass rate of chains at any number of
+tokens is exact in expectation, as in search.py.
+
+alignment: the policy stays as it is. Each batch of questions is answered by arms of the same budget, GRPO's 4 chains and
+Tree-GRPO's trees with both terms, A_intra or A_inter, and beside them by 12 chains, from which the gradient of the expected
+reward is estimated by REINFORCE with leave-one-out baselines. "alignment" is the cosine between an arm's mean gradient and
+that of the 12 chains of all other batches, "per token" takes the signal-to-noise ratio of one batch (the squared mean
+inner product with the reference over the mean squared length) by generated or forwarded tokens, relative to chains.
+Intervals are by a jackknife over batches. Gradients of half a billion numbers are kept as a sketch of 2^20: signed sums,
+which keep inner products to about 0.1 % of the lengths."""
+
+import dataclasses
+import datetime
+import math
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import common
+import gradients
+import search
+import tiny
+import torch
+import transformers
+from common import ENVS, RESULTS, ROOT, SCRIPTS, credits, graph_gpo, rollouts, table, treerl
+
+MATHS = {"prompts": 16, "max_tokens": 600, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5}
+QUESTIONS = {"prompts": 32, "turn_tokens": 64, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
+HOUSE = {"tasks": 16, "max_tokens": 24, "lr": 1e-5, "warmup": 3, "eval_every": 5, "kl_coef": 0.0}
+ITEMS = {
+    "treerl": ("treerl", MATHS),
+    "chainrl": ("treerl", {**MATHS, "method": "chainrl", "M": 18, "keep": 18}),
+    "tree_grpo": ("tree_grpo", QUESTIONS),
+    "grpo": ("tree_grpo", {**QUESTIONS, "method": "grpo", "M": 4}),
+    "graph_gpo": ("graph_gpo", HOUSE),
+    "gigpo": ("graph_gpo", {**HOUSE, "method": "gigpo"}),
+    "episodes": ("graph_gpo", {**HOUSE, "method": "grpo"}),
+}
+SHAPES = ((1, 2, 1, 2), (2, 2, 1, 2), (6, 2, 1, 2))  # of EPTree: M, N, L, T
+SKETCH = 2**20
+
+
+def described(options, item: str) -> dict:
+    """What a result has to name."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, check=False, capture_output=True, text=True)
+    cuda = torch.cuda.is_available()
+    return {
+        "item": item,
+        "event": "start",
+        "command": " ".join(["python", "benchmarks/real_qwen.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+        "commit": options.commit or commit.stdout.strip(),
+        "gpu_memory": options.gpu_memory,
+    }
+
+
+def add(options, row: dict) -> None:
+    common.write_rows(options.rows, [row], "a")
+    print({key: round(value, 7) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------- training
+class Enough(Exception):
+    """The time or the tokens are spent."""
+
+
+def train(options, item: str) -> None:
+    name, told = ITEMS[item]
+    script = SCRIPTS[name]
+    arguments = common.flags({**told, "model": options.model, "seed": options.seed, "steps": 10**6})
+    if options.data:
+        arguments.append(f"--data={options.data}")
+    made = script.open_log
+
+    def open_log(args, size: int):
+        log, began, tokens, evaluation = made(args, size), time.monotonic(), 0, 0.0
+        last = began
+
+        def log_more(event: str, step: int, row: dict) -> None:
+            nonlocal last, tokens, evaluation
+            log(event, step, row)
+            now = time.monotonic()
+            add(
+                options,
+                {"item": item, "seed": options.seed, "event": event, "step": step, "elapsed": now - began, **row},
+            )
+            if event == "eval":
+                evaluation = now - last
+            else:
+                tokens += row["generated_tokens"]
+                over = now + (now - last) + evaluation > began + 60 * options.minutes
+                args.steps = step if over or tokens >= options.tokens else args.steps
+            last = now
+
+        return log_more
+
+    def save_checkpoint(out, step, model, tokenizer, optimizer, args) -> None:
+        if step >= args.steps:
+            raise Enough
+
+    add(options, {**described(options, item), "seed": options.seed})
+    parts = {"open_log": open_log, "save_checkpoint": save_checkpoint}
+    with tempfile.TemporaryDirectory() as folder:
+        if script is graph_gpo and options.imitate:
+            shown = imitated(options, Path(folder, "start"), [*arguments, *options.more])
+            arguments.append(f"--model={shown}")
+        try:
+            common.run_script(script, Path(folder, "run"), [*arguments, *options.more], **parts)
+        except Enough:
+            pass
+
+
+def imitated(options, folder: Path, arguments: list[str]) -> Path:
+    """The model after --imitate supervised steps, of 64 single actions each, on the house's own demonstrations."""
+    began = time.monotonic()
+    args, _ = graph_gpo.parse_args(graph_gpo.Args, arguments)
+    args.env = args.env or f"{ENVS}/house.py:House"
+    device = graph_gpo.pick_device(args)
+    model, tokenizer = graph_gpo.load_model(options.model, device)
+    world = common.task_of(graph_gpo, args)
+    leaves = tiny.shown_steps(graph_gpo, model, tokenizer, args, world, 64 * options.imitate)
+    tiny.imitate(graph_gpo, model, leaves, 64, args, lr=2e-5)
+    graph_gpo.save_model(folder, model, tokenizer)
+    row = {"item": options.item, "seed": options.seed, "event": "imitation", "step": options.imitate}
+    add(options, {**row, "seconds": time.monotonic() - began})
+    return folder
+
+
+# --------------------------------------------------------------------------------------------------- without training
+def actor_of(options, item: str):
+    """The item's agent or solver with the untrained model, as it samples."""
+    name, told = ITEMS[item]
+    script = SCRIPTS[name]
+    given = common.flags({**told, "model": options.model, "seed": options.seed, "kl_coef": 0.0})
+    args, _ = script.parse_args(script.Args, [*given, *options.more])
+    if options.data:
+        args.data = str(options.data)
+    usual = {"treerl": "problems.py:Problems", "tree_grpo": "questions.py:Questions" if args.data else "facts.py:Facts"}
+    args.env = args.env or f"{ENVS}/{usual[name]}"
+    device = script.pick_device(args)
+    model, tokenizer = script.load_model(args.model, device)
+    policy, _ = script.policy_and_reference(args, model, "")
+    return script, model, common.ACTORS[script](policy, tokenizer, args, common.task_of(script, args))
+
+
+def search_item(options) -> None:
+    _, _, solver = actor_of(options, "treerl")
+    add(options, {**described(options, "search"), "seed": options.seed})
+    rng, began = random.Random(options.seed), time.monotonic()
+    problems = [*solver.task.held_out, *solver.task.training][: options.problems]
+    for number, part in enumerate(treerl.batches(problems, 32)):
+        if time.monotonic() > began + 60 * options.minutes:
+            break
+        row = {"item": "search", "seed": options.seed, "event": "part", "step": number, "problems": len(part)}
+        roots, tokens = search.trees(solver, part, (search.CHAINS, 0, 0, 1), rng)
+        row |= {"chains": tokens, "right": [sum(r > 0.5 for r in rewards) for rewards in search.rewards_of(roots)]}
+        for shape in SHAPES:
+            roots, tokens = search.trees(solver, part, shape, rng)
+            passed = [int(max(rewards) > 0.5) for rewards in search.rewards_of(roots)]
+            row[",".join(map(str, shape))] = {"tokens": tokens, "passed": passed}
+        add(options, {**row, "elapsed": time.monotonic() - began})
+
+
+def sketch(gradient: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Signed sums of every SKETCH-th number, whose inner products are those of the gradients, on average."""
+    gradient = gradient * signs
+    return torch.nn.functional.pad(gradient, (0, -len(gradient) % SKETCH)).view(-1, SKETCH).sum(0).cpu()
+
+
+def alignment(options) -> None:
+    script, model, agent = actor_of(options, "tree_grpo")
+    add(options, {**described(options, "alignment"), "seed": options.seed})
+    usual, began, kept = agent.args, time.monotonic(), {}
+    generator = torch.Generator(model.device).manual_seed(0)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    signs = torch.randint(0, 2, (count,), generator=generator, device=model.device, dtype=torch.int8) * 2 - 1
+
+    def gradient(groups: list) -> torch.Tensor:
+        """In micro-batches, as update does."""
+        model.zero_grad()
+        for part in script.micro_batches(groups, usual.micro_tokens):
+            packed = script.Packed(part, model.device)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=usual.dtype == "bfloat16"):
+                logps = script.packed_logps(model, packed)
+            packed.old_logps = logps.detach()
+            script.batch_loss(packed, logps, script.Args(kl_coef=0.0))[0].backward()
+        return sketch(torch.cat([p.grad.flatten() for p in model.parameters()]), signs)
+
+    arms = {"chains": {"M": 4, "N": 0, "method": "grpo"}, "trees": {}, "reference": {"M": 12, "N": 0, "method": "grpo"}}
+    for batch in range(options.batches):
+        if time.monotonic() > began + 60 * options.minutes:
+            break
+        row = {"item": "alignment", "seed": options.seed, "event": "batch", "step": batch}
+        for arm, changes in arms.items():
+            agent.args = dataclasses.replace(usual, **changes)
+            # The questions are those of the step's number, the same for all arms; draws are their own.
+            agent.args.seed = usual.seed
+            found, counts = rollouts(script, agent, batch)
+            costs = {name: counts[name] for name in ("generated_tokens", "forwarded_tokens")}
+            leaves = [leaf.reward for _, root in found for leaf in root.leaves()]
+            terms = ("both", "intra", "inter") if arm == "trees" else ("",)
+            for term in terms:
+                args = dataclasses.replace(agent.args, advantage=term or "both")
+                groups = (
+                    gradients.leave_one_out(script, found)
+                    if arm == "reference"
+                    else credits(script, found, args, batch)
+                )
+                named = f"trees, {term}" if term else arm
+                kept.setdefault(named, []).append(gradient(groups))
+                row[named] = {**costs, "reward": statistics.mean(leaves), "signal": common.signal(groups)}
+        names = [*kept]
+        stacked = torch.stack([torch.stack(kept[name]) for name in names])  # (arms, batches, SKETCH)
+        # Of each arm's gradients so far with those of this batch: (arms, batches, arms).
+        row["inner"] = (stacked @ stacked[:, -1].T).tolist()
+        add(options, {**row, "names": names, "elapsed": time.monotonic() - began})
+
+
+# --------------------------------------------------------------------------------------------------------- reports
+def runs_of(rows: list[dict]) -> list[list[dict]]:
+    """The rows of each run, which begins with what it was run on."""
+    runs = []
+    for row in rows:
+        if row["event"] == "start":
+            runs.append([])
+        runs[-1].append(row)
+    return runs
+
+
+def curve(run: list[dict]) -> list[tuple]:
+    """Of each evaluation: minutes, generated tokens until then, success sampled and greedily."""
+    points, tokens = [], 0
+    for row in run[1:]:
+        if row["event"] == "train":
+            tokens += row["generated_tokens"]
+        elif row["event"] == "eval":
+            points.append((row["elapsed"] / 60, tokens, row["success"], row["greedy_success"]))
+    return points
+
+
+def training_table(runs: list[list[dict]]) -> str:
+    lines = []
+    for run in runs:
+        steps, points = [row for row in run if row["event"] == "train"], curve(run)
+        if not steps or len(points) < 2:
+            continue
+        tokens = sum(row["generated_tokens"] for row in steps)
+        seconds, sampling = (sum(row[name] for row in steps) for name in ("seconds", "seconds_sampling"))
+        (_, _, sampled, greedy), (minutes, _, sampled_after, greedy_after) = points[0], points[-1]
+        cells = [run[0]["item"], run[0]["seed"], run[0]["device"], f"{minutes:.1f}", len(steps), f"{tokens:,}"]
+        cells += [f"{sampled:.3f} → {sampled_after:.3f}", f"{greedy:.3f} → {greedy_after:.3f}"]
+        cells += [f"{steps[0]['reward']:.3f} → {steps[-1]['reward']:.3f}", f"{seconds / len(steps):.1f}"]
+        cells += [f"{tokens / sampling:,.0f}", f"{sampling / seconds:.0%}"]
+        gap = statistics.mean(row["sampler_gap"] or 0 for row in steps)
+        lines.append([*cells, f"{gap:.4f}", f"{steps[-1]['peak_gb']:.1f}"])
+    head = "item|seed|device|minutes|steps|generated tokens|success, sampled|greedy|reward of a step|seconds a step|"
+    return table(head + "tokens/s sampling|time for sampling|sampler_gap|peak, GB", lines)
+
+
+def search_table(run: list[dict]) -> str:
+    """Paired by problem; standard errors over problems."""
+    parts, lines = [row for row in run if row["event"] == "part"], []
+    for shape in [",".join(map(str, shape)) for shape in SHAPES]:
+        passed, same, tokens = [], [], []
+        for part in parts:
+            passed += part[shape]["passed"]
+            k = part[shape]["tokens"] * search.CHAINS / part["chains"]
+            same += [search.chance(right, k) for right in part["right"]]
+            tokens += [part[shape]["tokens"]] * part["problems"]
+        gaps = [one - other for one, other in zip(passed, same)]
+        rates = [f"{statistics.mean(values):.3f} ± {common.error(values):.3f}" for values in (same, passed)]
+        both = f"{statistics.mean(gaps):+.3f} ± {common.error(gaps):.3f}"
+        lines.append([f"({shape})", len(passed), f"{statistics.mean(tokens):,.0f}", *rates, both])
+    head = (
+        "M, N, L, T|problems|generated tokens a problem|chains of as many tokens|EPTree|difference, s.e. over problems"
+    )
+    return table(head, lines)
+
+
+def alignments(batches: list[dict], left_out: int | None = None) -> dict[str, tuple[float, float]]:
+    """Of each arm: the cosine of one batch's gradient with the expected one, and the square of that relative to chains."""
+    names, n = batches[0]["names"], len(batches)
+    inner = torch.zeros(len(names), n, len(names), n, dtype=torch.float64)
+    for j, row in enumerate(batches):
+        new = torch.tensor(row["inner"], dtype=torch.float64)  # (arms, j + 1, arms)
+        inner[:, : j + 1, :, j] = new
+        inner[:, j, :, : j + 1] = new.permute(2, 0, 1)
+    used = torch.tensor([i for i in range(n) if i != left_out])
+    inner, m = inner[:, used][..., used], len(used)
+    others, last = 1 - torch.eye(m, dtype=torch.float64), names.index("reference")
+    truth = (inner[last, :, last] * others).sum() / (m * (m - 1))  # squared length of the expected gradient
+    found = {}
+    for a, name in enumerate(names[:last]):
+        along = (inner[a, :, last] * others).sum() / (m * (m - 1))
+        square = inner[a, :, a].diagonal().mean()
+        found[name] = along.item() / math.sqrt(max(1e-300, square * truth))
+    return {name: (value, (value / found["chains"]) ** 2) for name, value in found.items()}
+
+
+def alignment_table(run: list[dict]) -> str:
+    batches = [row for row in run if row["event"] == "batch"]
+    whole, n = alignments(batches), len(batches)
+    without = [alignments(batches, i) for i in range(n)]
+    cost = {name: Counter() for name in whole}
+    for row in batches:
+        for name in whole:
+            cost[name].update(row[name])
+    lines = []
+    for name, values in whole.items():
+        errors = []
+        for i in (0, 1):
+            left = [found[name][i] for found in without]
+            errors.append(math.sqrt((n - 1) / n * sum((x - statistics.mean(left)) ** 2 for x in left)))
+        cells = [f"{value:.3f} ± {error:.3f}" for value, error in zip(values, errors)]
+        for tokens in ("generated_tokens", "forwarded_tokens"):
+            share = cost[name][tokens] / cost["chains"][tokens]
+            cells.append(f"{values[1] / share:.2f} ± {errors[1] / share:.2f}")
+        lines.append([name, *cells, *(f"{cost[name][x] / n:.3f}" for x in ("reward", "signal"))])
+    head = "arm|alignment, one batch|squared, / chains|per generated token|per forwarded token|reward|leaves with A ≠ 0"
+    return f"{n} batches; ± one standard error, by a jackknife over batches\n\n" + table(head, lines)
+
+
+def figure(runs: list[list[dict]], path: Path) -> None:
+    scripts = [name for name in SCRIPTS if any(ITEMS[run[0]["item"]][0] == name for run in runs)]
+    plt = common.pyplot()
+    drawing, axes = plt.subplots(
+        1, len(scripts), figsize=(4.2 * len(scripts), 3.6), layout="constrained", squeeze=False
+    )
+    for ax, name in zip(axes[0], scripts):
+        for i, run in enumerate(run for run in runs if ITEMS[run[0]["item"]][0] == name):
+            minutes, _, sampled, greedy = zip(*curve(run))
+            ax.plot(minutes, sampled, "o-", color=f"C{i}", label=f"{run[0]['item']}, sampled")
+            ax.plot(minutes, greedy, "s--", color=f"C{i}", label=f"{run[0]['item']}, greedy")
+        ax.set(title=f"{name}.py", xlabel="minutes", ylim=(0, None))
+        ax.legend(fontsize=8)
+    axes[0][0].set_ylabel("held-out success")
+    drawing.savefig(path, dpi=100)
+
+
+def report(options) -> None:
+    runs = runs_of(common.read_rows(options.rows.resolve()))
+    for run in runs:
+        told = ("command", "device", "torch", "transformers", "date", "commit")
+        print("- " + ", ".join(f"{run[0][name]}" for name in told))
+    trained = [run for run in runs if run[0]["item"] in ITEMS and len(run) > 1]
+    if trained:
+        print("\n" + training_table(trained))
+        figure(trained, options.rows.with_suffix(".png"))
+    for item, shown in (("search", search_table), ("alignment", alignment_table)):
+        for run in [run for run in runs if run[0]["item"] == item and len(run) > 2]:
+            print(f"\n{item}, {run[0]['device']}\n\n{shown(run)}")
+
+
+def main() -> None:
+    parser = common.parser(__doc__)
+    others = {"search": search_item, "alignment": alignment, "report": report}
+    parser.add_argument("item", choices=(*ITEMS, *others))
+    parser.add_argument("--model", help="a folder, or an id of the hub")
+    parser.add_argument("--data", type=Path, help="as the script's")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, evaluations included")
+    parser.add_argument("--tokens", type=float, default=math.inf, help="generated in training, at most")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--imitate", type=int, default=60, help="supervised steps before the house")
+    parser.add_argument("--problems", type=int, default=300, help="of search")
+    parser.add_argument("--batches", type=int, default=32, help="of alignment, at most")
+    parser.add_argument("--gpu-memory", type=float, default=0.0, help="GB, as on a smaller card (0: all)")
+    parser.add_argument("--commit", default="", help="named in the rows, where git is not at hand")
+    parser.add_argument("--rows", type=Path, default=RESULTS / "real_qwen.jsonl")
+    parser.allow_abbrev = False
+    options, options.more = parser.parse_known_args()
+    if options.item != "report" and not options.model:
+        parser.error("--model: needed")
+    if options.gpu_memory:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(options.gpu_memory * 1e9 / whole)
+    if options.item in ITEMS:
+        train(options, options.item)
+    else:
+        others[options.item](options)
+
+
+if __name__ == "__main__":
+    main()
