@@ -48,8 +48,8 @@ import transformers
 from common import ENVS, RESULTS, ROOT, SCRIPTS, credits, graph_gpo, rollouts, table, treerl
 
 MATHS = {"prompts": 16, "max_tokens": 600, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5}
-QUESTIONS = {"prompts": 32, "turn_tokens": 64, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
-HOUSE = {"tasks": 16, "max_tokens": 24, "lr": 1e-5, "warmup": 3, "eval_every": 5, "kl_coef": 0.0}
+QUESTIONS = {"prompts": 48, "turn_tokens": 64, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
+HOUSE = {"tasks": 32, "max_tokens": 24, "lr": 2e-5, "warmup": 3, "eval_every": 5, "kl_coef": 0.0}
 ITEMS = {
     "treerl": ("treerl", MATHS),
     "chainrl": ("treerl", {**MATHS, "method": "chainrl", "M": 18, "keep": 18}),
