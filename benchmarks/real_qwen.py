@@ -47,9 +47,9 @@ import torch
 import transformers
 from common import ENVS, RESULTS, ROOT, SCRIPTS, credits, graph_gpo, rollouts, table, treerl
 
-MATHS = {"prompts": 16, "max_tokens": 600, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5}
-QUESTIONS = {"prompts": 48, "turn_tokens": 64, "lr": 1e-5, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
-HOUSE = {"tasks": 32, "max_tokens": 24, "lr": 2e-5, "warmup": 3, "eval_every": 5, "kl_coef": 0.0}
+MATHS = {"prompts": 16, "max_tokens": 600, "lr": 2e-6, "warmup": 3, "at_once": 256, "eval_every": 5}
+QUESTIONS = {"prompts": 48, "turn_tokens": 64, "lr": 3e-6, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
+HOUSE = {"tasks": 32, "max_tokens": 24, "lr": 3e-6, "warmup": 3, "eval_every": 5, "kl_coef": 0.0}
 ITEMS = {
     "treerl": ("treerl", MATHS),
     "chainrl": ("treerl", {**MATHS, "method": "chainrl", "M": 18, "keep": 18}),
@@ -321,7 +321,8 @@ def alignments(batches: list[dict], left_out: int | None = None) -> dict[str, tu
         along = (inner[a, :, last] * others).sum() / (m * (m - 1))
         square = inner[a, :, a].diagonal().mean()
         found[name] = along.item() / math.sqrt(max(1e-300, square * truth))
-    return {name: (value, (value / found["chains"]) ** 2) for name, value in found.items()}
+    base = found["chains"] or math.nan
+    return {name: (value, (value / base) ** 2) for name, value in found.items()}
 
 
 def alignment_table(run: list[dict]) -> str:
