@@ -1,31 +1,32 @@
 """What a pretrained Qwen learns in minutes on one GPU, and how fast. One command an item:
 
-    python benchmarks/real_qwen.py treerl --model Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --minutes 5
+    python benchmarks/real_qwen.py treerl --model Qwen/Qwen2.5-Coder-0.5B-Instruct --data train.jsonl --minutes 5
 
     treerl, chainrl             treerl.py and its baseline on GSM8K (--data train.jsonl)
     tree_grpo, grpo             tree_grpo.py and its baseline on HotpotQA (--data hotpot_train_v1.1.json), BM25 over its
                                 passages; without --data on the built-in questions, told in words
-    graph_gpo, gigpo, episodes  graph_gpo.py and its baselines in the house, told in words, after --imitate supervised steps on
-                                its demonstrations: untrained, a 0.5B never succeeds there
+    graph_gpo, gigpo, episodes  graph_gpo.py and its baselines in the house, told in words, after --imitate supervised
+                                steps on its demonstrations: untrained, the 0.5B did not succeed there
     search                      untrained: pass rate of EPTree and of chains over generated tokens (TreeRL, Figure 1)
-    alignment                   untrained, on HotpotQA: how well one update's gradient points, of chains and of trees
+    alignment                   untrained: how well one update's gradient points, of chains and of trees, on HotpotQA
     report                      tables and figure of what is in --rows; nothing is measured
 
-The first seven run the script as its own command line would, with the arguments below and those that are given beside
-the options, but write no checkpoints and no model. Training ends so early that the last evaluation ends after --minutes, or when --tokens
-were generated, for a comparison at equal tokens. Rows are added to --rows as they come, each with the item and the seconds
-since training began: a run that is killed leaves its curve. --gpu-memory 24 allows no more than a card of 24 GB has.
+The first seven run the script as its own command line would, with the arguments below and those of the script that are
+given beside the options, but write no checkpoints and no model. Training stops early enough for the last evaluation to
+end at about --minutes, as the last step and evaluation predict it, or once --tokens were generated, for a comparison at
+equal tokens. Rows are added to --rows as they come, each with the item and the seconds since training began: a run that
+is killed leaves its curve. --gpu-memory 24 allows no more than a card of 24 GB has.
 
 search: --problems, 32 at a time, each with 40 chains and with EPTree's trees. The pass rate of chains at any number of
 tokens is exact in expectation, as in search.py.
 
-alignment: the policy stays as it is. Each batch of questions is answered by arms of the same budget, GRPO's 4 chains and
-Tree-GRPO's trees with both terms, A_intra or A_inter, and beside them by 12 chains, from which the gradient of the expected
-reward is estimated by REINFORCE with leave-one-out baselines. "alignment" is the cosine between an arm's mean gradient and
-that of the 12 chains of all other batches, "per token" takes the signal-to-noise ratio of one batch (the squared mean
-inner product with the reference over the mean squared length) by generated or forwarded tokens, relative to chains.
-Intervals are by a jackknife over batches. Gradients of half a billion numbers are kept as a sketch of 2^20: signed sums,
-which keep inner products to about 0.1 % of the lengths."""
+alignment: the policy stays as it is. Each batch of questions is answered by arms of about one budget, GRPO's 4 chains
+and Tree-GRPO's trees with both terms, A_intra or A_inter, and beside them by 12 chains, from which the gradient of the
+expected reward is estimated by REINFORCE with leave-one-out baselines. "alignment" is the cosine between one batch's
+gradient and the expected one, whose direction and length come from the 12 chains of the other batches. Its square,
+relative to that of chains, is what a batch is worth where gradients are mostly noise; "per token" divides that by the
+arm's tokens, relative to chains. Intervals are by a jackknife over batches. Gradients of half a billion numbers are
+kept as a sketch of 2^20: signed sums, which keep inner products to about 0.1 % of the lengths."""
 
 import dataclasses
 import datetime

@@ -56,7 +56,7 @@ TINY = {
 QWEN = {
     "A": [(16, 16, 256, 128), (8, 30, 1024, 64)],
     "B": [(2, 8, 256, 64, None), (1, 8, 512, 64, None)],
-    "E": [(16, 16, 256, 128), (8, 30, 1024, 128), (1, 8, 1024, 128)],
+    "E": [(16, 16, 256, 128), (8, 30, 1024, 128), (1, 8, 1024, 128), (8, 24, 150, 100), (32, 24, 150, 100)],
 }
 QWEN_ON_CPU = {"A": [(2, 4, 32, 4)], "B": [(1, 2, 16, 8, None)], "E": [(2, 4, 32, 16)]}  # only to see that it runs
 SIZES = {  # width, layers, heads, KV heads, inner width, vocabulary
@@ -138,10 +138,9 @@ def attend(model, attention: str):
 
 
 def sampling_model(model):
-    """On CUDA in bfloat16, in place; not the buffers, as RoPE needs float32."""
-    for parameter in model.parameters() if model.device.type == "cuda" else ():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
+    """What a script samples with: on CUDA the copy in bfloat16."""
+    dtype = "bfloat16" if model.device.type == "cuda" else "float32"
+    return tree_grpo.policy_and_reference(tree_grpo.Args(kl_coef=0.0, dtype=dtype), model, "")[0]
 
 
 def random_tokens(n: int, rng: random.Random) -> list[int]:
@@ -316,15 +315,16 @@ def bandwidth(device: torch.device) -> float:
 @torch.inference_mode()
 def decode_step(model, shape: tuple, device: torch.device, repeats: int) -> tuple:
     """Seconds of a step that runs a token in each lane and draws the next (on CUDA recorded, a mean over the tokens
-    between two looks of the host); seconds of the head alone; and the bytes of the keys and values that the step
-    attends to."""
+    between two looks of the host), at top-p 1 and 0.95; seconds of the head alone; and the bytes of the keys and values
+    that the step attends to."""
     rng, (rows, lanes, prompt, own) = random.Random(0), shape
     above = stars(rows, lanes, prompt, rng)
     for node in above:
         node.tokens = random_tokens(own, rng)
     tree_grpo.compute(model, [node.parent for node in above])
-    flight = Lanes(model, [Node(node) for node in above])
+    flight, other = (Lanes(model, [Node(node) for node in above]) for _ in range(2))
     flight.catch_up()
+    other.catch_up()
     generator = torch.Generator(device).manual_seed(0)
     look, width = tree_grpo.LOOK.get(device.type, 1), model.config.hidden_size
     hidden = torch.randn(1, len(flight.grid), width, device=device, dtype=model.dtype)
@@ -335,9 +335,12 @@ def decode_step(model, shape: tuple, device: torch.device, repeats: int) -> tupl
     def steps():  # the same again and again
         flight.decode(look, 1.0, 1.0, generator)
 
-    several, once = timed([steps, head], 10 * repeats, device)
+    def from_the_nucleus():
+        other.decode(look, 1.0, 0.95, generator)
+
+    several, nucleus, once = timed([steps, from_the_nucleus, head], 10 * repeats, device)
     slots = flight.own.shape[-2]
-    return several / look, once, flight.own.nbytes // slots * own + flight.shared.nbytes
+    return several / look, nucleus / look, once, flight.own.nbytes // slots * own + flight.shared.nbytes
 
 
 def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
@@ -352,14 +355,14 @@ def decode(size: str, shapes: dict, device: torch.device, repeats: int) -> None:
     print("the calls of some hundred operations, and keys, values and scores that are read or written more than once.")
     model, lines = sampling_model(new_model(size, device)), []
     for shape in shapes["E"]:
-        whole, head, kept = decode_step(model, shape, device, repeats)
+        whole, nucleus, head, kept = decode_step(model, shape, device, repeats)
         weights = sum(p.nbytes for p in model.parameters())
         bound = (weights + kept) / speed
         cells = [f"{weights / 1e6:.1f}", f"{kept / 1e6:.1f}", f"{1000 * bound:.3f}"]
-        cells += [f"{1000 * whole:.2f}", f"{1000 * head:.2f}", f"{whole / bound:.1f}"]
+        cells += [f"{1000 * whole:.2f}", f"{1000 * head:.2f}", f"{whole / bound:.1f}", f"{1000 * nucleus:.2f}"]
         lines.append(["{} x {}".format(*shape), "{2} + {3}".format(*shape), *cells])
     head = "rows x lanes|prompt + own|parameters, MB|keys and values, MB|bound, ms|measured, ms|"
-    show(head + "of it the head, ms|measured / bound", lines)
+    show(head + "of it the head, ms|measured / bound|at top-p 0.95, ms", lines)
 
 
 # ---------------------------------------------------------------------------------------- F. treerl.py

@@ -81,7 +81,7 @@ def make_question(rng: random.Random, max_hops: int, held_out: bool) -> Question
 class Facts:
     """Questions without end. hops: the most of a question, 2, 3 or 4."""
 
-    # Told to models with a chat template. A small one does not search without an example.
+    # Told to models with a chat template; without the example a 0.5B did not search.
     instruction = """Look up one fact after another until you know the answer, one action a turn, as
 in this example:
 
