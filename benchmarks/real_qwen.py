@@ -25,7 +25,8 @@ and Tree-GRPO's trees with both terms, A_intra or A_inter, and beside them by 12
 expected reward is estimated by REINFORCE with leave-one-out baselines. "alignment" is the cosine between one batch's
 gradient and the expected one, whose direction and length come from the 12 chains of the other batches. Its square,
 relative to that of chains, is what a batch is worth where gradients are mostly noise; "per token" divides that by the
-arm's tokens, relative to chains. Intervals are by a jackknife over batches. Gradients of half a billion numbers are
+arm's tokens, relative to chains. The last row has the cosine of two batches of the reference: unless it is well above
+its error, the others say nothing. Intervals are by a jackknife over batches. Gradients of half a billion numbers are
 kept as a sketch of 2^20: signed sums, which keep inner products to about 0.1 % of the lengths."""
 
 import dataclasses
@@ -116,7 +117,8 @@ def train(options, item: str) -> None:
                 evaluation = now - last
             else:
                 tokens += row["generated_tokens"]
-                over = now + (now - last) + evaluation > began + 60 * options.minutes
+                evaluations = 1 + (args.eval_every > 0 and step % args.eval_every == 0)
+                over = now + (now - last) + evaluations * evaluation > began + 60 * options.minutes
                 args.steps = step if over or tokens >= options.tokens else args.steps
             last = now
 
@@ -126,6 +128,7 @@ def train(options, item: str) -> None:
         if step >= args.steps:
             raise Enough
 
+    script.parse_args(script.Args, [*arguments, *options.more])  # refuses what it does not know
     add(options, {**described(options, item), "seed": options.seed})
     parts = {"open_log": open_log, "save_checkpoint": save_checkpoint}
     with tempfile.TemporaryDirectory() as folder:
@@ -149,6 +152,8 @@ def imitated(options, folder: Path, arguments: list[str]) -> Path:
     leaves = tiny.shown_steps(graph_gpo, model, tokenizer, args, world, 64 * options.imitate)
     tiny.imitate(graph_gpo, model, leaves, 64, args, lr=2e-5)
     graph_gpo.save_model(folder, model, tokenizer)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     row = {"item": options.item, "seed": options.seed, "event": "imitation", "step": options.imitate}
     add(options, {**row, "seconds": time.monotonic() - began})
     return folder
@@ -205,7 +210,7 @@ def alignment(options) -> None:
 
     def gradient(groups: list) -> torch.Tensor:
         """In micro-batches, as update does."""
-        model.zero_grad()
+        model.train().zero_grad()  # in eval() nothing is recomputed with --grad-checkpointing
         for part in script.micro_batches(groups, usual.micro_tokens):
             packed = script.Packed(part, model.device)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=usual.dtype == "bfloat16"):
@@ -221,8 +226,6 @@ def alignment(options) -> None:
         row = {"item": "alignment", "seed": options.seed, "event": "batch", "step": batch}
         for arm, changes in arms.items():
             agent.args = dataclasses.replace(usual, **changes)
-            # The questions are those of the step's number, the same for all arms; draws are their own.
-            agent.args.seed = usual.seed
             found, counts = rollouts(script, agent, batch)
             costs = {name: counts[name] for name in ("generated_tokens", "forwarded_tokens")}
             leaves = [leaf.reward for _, root in found for leaf in root.leaves()]
@@ -246,12 +249,15 @@ def alignment(options) -> None:
 
 # --------------------------------------------------------------------------------------------------------- reports
 def runs_of(rows: list[dict]) -> list[list[dict]]:
-    """The rows of each run, which begins with what it was run on."""
-    runs = []
+    """The rows of each run, which begins with what it was run on; several may have been written side by side."""
+    runs, newest = [], {}
     for row in rows:
+        key = row["item"], row["seed"]
         if row["event"] == "start":
-            runs.append([])
-        runs[-1].append(row)
+            newest[key] = []
+            runs.append(newest[key])
+        if key in newest:
+            newest[key].append(row)
     return runs
 
 
@@ -279,8 +285,8 @@ def training_table(runs: list[list[dict]]) -> str:
         cells += [f"{sampled:.3f} → {sampled_after:.3f}", f"{greedy:.3f} → {greedy_after:.3f}"]
         cells += [f"{steps[0]['reward']:.3f} → {steps[-1]['reward']:.3f}", f"{seconds / len(steps):.1f}"]
         cells += [f"{tokens / sampling:,.0f}", f"{sampling / seconds:.0%}"]
-        gap = statistics.mean(row["sampler_gap"] or 0 for row in steps)
-        lines.append([*cells, f"{gap:.4f}", f"{steps[-1]['peak_gb']:.1f}"])
+        gaps = [row["sampler_gap"] for row in steps if row["sampler_gap"] is not None] or [math.nan]
+        lines.append([*cells, f"{statistics.mean(gaps):.4f}", f"{steps[-1]['peak_gb']:.1f}"])
     head = "item|seed|device|minutes|steps|generated tokens|success, sampled|greedy|reward of a step|seconds a step|"
     return table(head + "tokens/s sampling|time for sampling|sampler_gap|peak, GB", lines)
 
@@ -306,7 +312,8 @@ def search_table(run: list[dict]) -> str:
 
 
 def alignments(batches: list[dict], left_out: int | None = None) -> dict[str, tuple[float, float]]:
-    """Of each arm: the cosine of one batch's gradient with the expected one, and the square of that relative to chains."""
+    """Of each arm the cosine of one batch's gradient with the expected one, and the square of that relative to chains.
+    Of the reference the cosine of two batches; where that is not above 0, nothing is known."""
     names, n = batches[0]["names"], len(batches)
     inner = torch.zeros(len(names), n, len(names), n, dtype=torch.float64)
     for j, row in enumerate(batches):
@@ -321,9 +328,11 @@ def alignments(batches: list[dict], left_out: int | None = None) -> dict[str, tu
     for a, name in enumerate(names[:last]):
         along = (inner[a, :, last] * others).sum() / (m * (m - 1))
         square = inner[a, :, a].diagonal().mean()
-        found[name] = along.item() / math.sqrt(max(1e-300, square * truth))
+        found[name] = along.item() / math.sqrt(square * truth) if square * truth > 0 else math.nan
     base = found["chains"] or math.nan
-    return {name: (value, (value / base) ** 2) for name, value in found.items()}
+    marks = {name: (value, (value / base) ** 2) for name, value in found.items()}
+    own = inner[last, :, last].diagonal().mean().item()
+    return {**marks, "reference": (truth.item() / own if own else math.nan, math.nan)}
 
 
 def alignment_table(run: list[dict]) -> str:
@@ -335,7 +344,7 @@ def alignment_table(run: list[dict]) -> str:
         for name in whole:
             cost[name].update(row[name])
     lines = []
-    for name, values in whole.items():
+    for name, values in whole.items():  # the last is the reference
         errors = []
         for i in (0, 1):
             left = [found[name][i] for found in without]
@@ -344,6 +353,8 @@ def alignment_table(run: list[dict]) -> str:
         for tokens in ("generated_tokens", "forwarded_tokens"):
             share = cost[name][tokens] / cost["chains"][tokens]
             cells.append(f"{values[1] / share:.2f} ± {errors[1] / share:.2f}")
+        if name == "reference":
+            cells = [f"{cells[0]} (of two batches)", "", "", ""]
         lines.append([name, *cells, *(f"{cost[name][x] / n:.3f}" for x in ("reward", "signal"))])
     head = "arm|alignment, one batch|squared, / chains|per generated token|per forwarded token|reward|leaves with A ≠ 0"
     return f"{n} batches; ± one standard error, by a jackknife over batches\n\n" + table(head, lines)
@@ -371,12 +382,12 @@ def report(options) -> None:
     for run in runs:
         told = ("command", "device", "torch", "transformers", "date", "commit")
         print("- " + ", ".join(f"{run[0][name]}" for name in told))
-    trained = [run for run in runs if run[0]["item"] in ITEMS and len(run) > 1]
+    trained = [run for run in runs if run[0]["item"] in ITEMS and curve(run)]
     if trained:
         print("\n" + training_table(trained))
         figure(trained, options.rows.with_suffix(".png"))
-    for item, shown in (("search", search_table), ("alignment", alignment_table)):
-        for run in [run for run in runs if run[0]["item"] == item and len(run) > 2]:
+    for item, shown, least in (("search", search_table, 1), ("alignment", alignment_table, 3)):
+        for run in [run for run in runs if run[0]["item"] == item and len(run) > least]:
             print(f"\n{item}, {run[0]['device']}\n\n{shown(run)}")
 
 
@@ -399,6 +410,9 @@ def main() -> None:
     options, options.more = parser.parse_known_args()
     if options.item != "report" and not options.model:
         parser.error("--model: needed")
+    named = {argument.split("=")[0] for argument in options.more}
+    if options.item == "report" and named or named & {"--method", "--out", "--resume"}:
+        parser.error(f"not here: {' '.join(options.more)}")
     if options.gpu_memory:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.gpu_memory * 1e9 / whole)

@@ -85,9 +85,9 @@ class Facts:
     instruction = """Look up one fact after another until you know the answer, one action a turn, as
 in this example:
 
-Question: Who is the mayor of the birthplace of Ada?
-<think> first the birthplace </think> <search> birthplace of Ada </search>
-<information> the birthplace of Ada is Rome </information>
+Question: Who is the mayor of the birthplace of Cleo?
+<think> first the birthplace </think> <search> birthplace of Cleo </search>
+<information> the birthplace of Cleo is Rome </information>
 <think> now the mayor </think> <search> mayor of Rome </search>
 <information> the mayor of Rome is Bob </information>
 <think> that is it </think> <answer> Bob </answer>

@@ -300,13 +300,8 @@ def test_a_step_asks_the_device_for_nothing(temperature, top_p, monkeypatch):
 def test_a_run_on_recordings_grows_the_naive_trees(architecture, look, monkeypatch):
     # As on CUDA: recorded steps that see the whole room of a lane, recorded anew in new Lanes.
     model, plain = tiny_qwen(architecture, torch.float64)
-    init = Lanes.__init__
-
-    def as_on_cuda(self, *how):
-        init(self, *how)
-        self.recorded = True
-
-    monkeypatch.setattr(Lanes, "__init__", as_on_cuda)
+    always = property(lambda lanes: True, lambda lanes, value: None)
+    monkeypatch.setattr(Lanes, "recorded", always, raising=False)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
     monkeypatch.setattr(torch.cuda, "graph", Tape)
     monkeypatch.setattr(Recording, "made", [])
@@ -720,13 +715,22 @@ def test_draws_of_a_recorded_step_differ_and_are_seeded():
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
 def test_draws_from_a_large_vocabulary(device):
     # The surprise of what is drawn, -log p, is the entropy of what it is drawn from, on average.
-    model = tiny_qwen("qwen2", vocab_size=151936)[0].to(device)
-    model.model.norm.weight.data *= 3
+    model, plain = (m.to(device) for m in tiny_qwen("qwen2", vocab_size=151936))
+    for m in (model, plain):
+        m.model.norm.weight.data *= 3
     generator = torch.Generator(device).manual_seed(0)
     nodes, counts = drawn_below(model, Node(tokens=[3, 4, 5]), [8] * 32, generator)
     surprise = torch.tensor([-logp for node in nodes for logp in node.logps])
     assert 1 < surprise.mean() < 8
     assert abs(surprise.mean() - counts["entropy"] / 256) < 4 * surprise.std() / 256**0.5
+    # With top-p what is likelier than a drawn token has less than that.
+    nodes, _ = drawn_below(model, Node(tokens=[3, 4, 5]), [12] * 64, generator, top_p=0.7)
+    for node in nodes:
+        ids = torch.tensor([[3, 4, 5, *node.tokens]], device=device)
+        with torch.no_grad():
+            probs = plain(ids).logits[0, 2:-1].double().softmax(-1)
+        own = probs.gather(-1, ids[0, 3:, None])
+        assert (probs.where(probs > own, 0).sum(-1) < 0.7 + 1e-4).all()
 
 
 # -------------------------------------------------------------------------------------- which models load

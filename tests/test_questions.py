@@ -19,6 +19,13 @@ import tree_grpo
 
 
 # --------------------------------------------------------------------------- the built-in questions
+def test_the_example_that_chat_models_read_is_not_held_out():
+    [text] = re.findall("^Question: (Who.*)", Facts.instruction, re.MULTILINE)
+    assert random.Random(text).random() >= 0.2  # as make_question decides
+    turns = re.findall("<think>.*", Facts.instruction)
+    assert outcome_reward(turns, ["Bob"]) == 1
+
+
 def test_a_question_is_answered_by_a_search_for_each_of_its_relations():
     rng = random.Random(0)
     hops = Counter()

@@ -87,7 +87,8 @@ def test_alignment_and_its_table(tmp_path, model):
     names = ["chains", "trees, both", "trees, intra", "trees, inter", "reference"]
     assert batches[2]["names"] == names
     assert torch.tensor(batches[2]["inner"]).shape == (5, 3, 5)
-    assert real_qwen.alignment_table([start, *batches]).startswith("3 batches")
+    table = real_qwen.alignment_table([start, *batches])
+    assert table.startswith("3 batches") and "| reference | " in table
 
 
 def test_alignment_of_known_gradients():
@@ -104,6 +105,7 @@ def test_alignment_of_known_gradients():
     for arm, length in list(noise.items())[:2]:
         assert found[arm][0] == pytest.approx(1 / math.sqrt(1 + length**2), rel=0.1)
     assert found["trees"][1] == pytest.approx(5 / 2, rel=0.2)
+    assert found["reference"][0] == pytest.approx(1 / 2, rel=0.1)
     assert real_qwen.alignments(rows, left_out=3)["trees"][0] != found["trees"][0]
 
 
@@ -116,6 +118,37 @@ def test_a_sketch_keeps_inner_products(monkeypatch):
     kept = [real_qwen.sketch(x, signs) for x in (a, b)]
     assert kept[0].shape == (1024,)
     assert kept[0] @ kept[1] == pytest.approx(float(a @ b), rel=0.2)
+
+
+def test_alignment_without_a_signal_says_nothing():
+    rows = [{"names": ["chains", "reference"], "inner": torch.zeros(2, i + 1, 2).tolist()} for i in range(3)]
+    assert all(math.isnan(value) for values in real_qwen.alignments(rows).values() for value in values)
+
+
+def test_a_killed_run_and_runs_side_by_side_are_told_apart(tmp_path):
+    told = {key: "x" for key in ("command", "device", "torch", "transformers", "date", "commit")}
+    rows = [{"item": item, "seed": 0, "event": "start", **told} for item in ("grpo", "graph_gpo")]
+    rows.append({"item": "grpo", "seed": 0, "event": "eval", "step": 0, "success": 0.1})
+    rows.append({"item": "graph_gpo", "seed": 0, "event": "imitation", "step": 1})
+    rows.append({"item": "grpo", "seed": 1, "event": "eval", "step": 0})  # its beginning is lost
+    runs = real_qwen.runs_of(rows)
+    assert [[row["event"] for row in run] for run in runs] == [["start", "eval"], ["start", "imitation"]]
+    common.write_rows(tmp_path / "rows.jsonl", [row for row in rows if row["item"] == "graph_gpo"])
+    real_qwen.report(options(tmp_path))
+    assert not (tmp_path / "rows.png").exists()
+
+
+@pytest.mark.parametrize("arguments", [["report", "--row", "x"], ["grpo", "--model", "x", "--method=grpo"]])
+def test_what_is_not_known_is_refused(arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["real_qwen.py", *arguments])
+    with pytest.raises(SystemExit):
+        real_qwen.main()
+
+
+def test_a_typo_leaves_no_row(tmp_path, model):
+    with pytest.raises(tree_grpo.BadInput, match="--prompt="):
+        real_qwen.train(options(tmp_path, more=["--prompt=2"]), "grpo")
+    assert not (tmp_path / "rows.jsonl").exists()
 
 
 def test_the_page_says_what_was_measured():
