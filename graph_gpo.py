@@ -281,8 +281,10 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
+    over_ranks({})  # torchrun ends all when one ends badly: the others wait for what rank 0 saves
     if RANKS > 1:
         torch.distributed.destroy_process_group()
+        time.sleep(1)  # a thread of gloo that was not done when Python ended has aborted a run
 
 
 # ==================================================================================================
