@@ -567,9 +567,9 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
     if top_p == 1:
         return token[:, 0]
     # No sort of the vocabulary: a token outside the nucleus is drawn again among those before it.
-    # That happens k times, k being a Poisson variable of mean -log(top_p) or less. The chance that a
-    # token needs more rounds than there are below is under 1e-9, and so is the chance that a step
-    # has more than `most` rows to go on with, each of which needs a round with chance 1 - top_p.
+    # That happens k times, k being a Poisson variable of mean -log(top_p) or less. Under 1e-9 are
+    # the chances that a token needs more rounds than there are below, and that more than `most` of
+    # the rows need any, each with a chance of 1 - top_p at most.
     word = torch.arange(logits.shape[-1], device=logits.device)
     recording = logits.is_cuda and torch.cuda.is_current_stream_capturing()
     for i in range(7 - int(6 * math.log(top_p))):

@@ -85,8 +85,8 @@ def treerl(script, args, task, device: torch.device):
 
 
 def shown_steps(script, model, tokenizer, args, world, count: int) -> list:
-    """`count` steps, in random order, of episodes that env.demonstrate(rng) plays, each a node below
-    its prompt. A chat model is shown how actions are marked."""
+    """`count` steps, in random order, of episodes that env.demonstrate(rng) plays: nodes below
+    their prompts. A chat model is shown how actions are marked."""
     rng = random.Random(f"{args.seed}/demonstrations")
     form = "<action>{}</action>" if tokenizer.chat_template else "{}"
 
