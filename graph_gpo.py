@@ -281,8 +281,8 @@ def train(args, model, reference, player: Player, state: dict | None) -> None:
                 raise KeyboardInterrupt(f"stopped after step {step + 1}; go on with --resume {out}")
     save_model(out / "final", model, tokenizer)
     print(f"model in {out / 'final'}")
-    over_ranks({})  # torchrun ends all when one ends badly: the others wait for what rank 0 saves
     if RANKS > 1:
+        over_ranks({})  # torchrun ends all when one ends badly: they wait for what rank 0 saves
         torch.distributed.destroy_process_group()
         time.sleep(1)  # a thread of gloo that was not done when Python ended has aborted a run
 
@@ -415,7 +415,8 @@ class Lanes:
         # The last slot of a lane is for pads. P is 1 at least: kernels may refuse empty matrices.
         P = max(1, *(root.cached for root in rows))
         if self.recorded:  # on CUDA products of such sizes are faster
-            self.room, P = -(-self.room // 8) * 8, -(-P // 8) * 8
+            self.room += -self.room % 8
+            P += -P % 8
         S = self.room + 1
         self.shared = gather_kv(model, [[root] for root in rows], P)  # (layers, 2, h, R, P, D)
         self.own = gather_kv(model, paths, S)  # (layers, 2, h, B, S, D)
@@ -568,7 +569,7 @@ def draw(logits: Tensor, temperature: float, top_p: float, generator) -> Tensor:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
     first = token = draw_index(probs, generator)
-    if top_p == 1:
+    if top_p >= 1:
         return token[:, 0]
     # No sort of the vocabulary: a token outside the nucleus is drawn again among those before it.
     # That happens k times, k being a Poisson variable of mean -log(top_p) or less. Under 1e-9 are

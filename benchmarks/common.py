@@ -161,6 +161,20 @@ def actor_of(script, model, tokenizer, args):
     return ACTORS[script](model, tokenizer, args, task_of(script, args))
 
 
+def pretrained(script, arguments: list[str]) -> tuple:
+    """The model that a script's arguments name, and its Agent or Solver, untrained, as it samples."""
+    args, _ = script.parse_args(script.Args, arguments)
+    device = script.pick_device(args)
+    if script is treerl:
+        args.max_tokens = args.max_tokens or 8192
+        args.env = args.env or f"{ENVS}/problems.py:Problems"
+    args.env = args.env or f"{ENVS}/{'questions.py:Questions' if args.data else 'facts.py:Facts'}"
+    model, tokenizer = script.load_model(args.model, device)
+    args.kl_coef = 0.0
+    policy, _ = script.policy_and_reference(args, model, "")
+    return model, actor_of(script, policy, tokenizer, args)
+
+
 def rollouts(script, actor, step) -> tuple[list, Counter]:
     """What train() samples in a step, pairs of problem and root or tasks, and its counts. `step` may be a text, for a
     batch that no training step has."""

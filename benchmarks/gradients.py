@@ -24,18 +24,23 @@ import torch
 import torch.nn.functional as F
 from common import CPU, SCRIPTS, actor_of, credits, in_processes, interval, quietly, rank_test, rollouts, table, treerl
 from learning import EXPERIMENTS, arm_of, budgeted_run, warm_start
+from speed import autocast
 
 BATCHES, REFERENCE = 32, 48
 CHAINS = {"tree_grpo": "chains", "treerl": "18 chains"}
 
 
-def gradient(script, model, groups: list) -> torch.Tensor:
-    """Of the loss at ratio 1 without KL, flat."""
-    packed = script.Packed(groups, model.device)
-    logps = script.packed_logps(model, packed)
-    packed.old_logps = logps.detach()
+def gradient(script, model, groups: list, micro_tokens: int = 10**9) -> torch.Tensor:
+    """Of the loss at ratio 1 without KL, flat, in micro-batches and on CUDA under autocast as update takes it."""
     model.zero_grad()
-    script.batch_loss(packed, logps, script.Args(kl_coef=0.0))[0].backward()
+    model.train()  # gradient checkpointing asks for it
+    for part in script.micro_batches(groups, micro_tokens):
+        packed = script.Packed(part, model.device)
+        with autocast(model.device):
+            logps = script.packed_logps(model, packed)
+        packed.old_logps = logps.detach()
+        script.batch_loss(packed, logps, script.Args(kl_coef=0.0))[0].backward()
+    model.eval()
     return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
 
 

@@ -47,7 +47,7 @@ import search
 import tiny
 import torch
 import transformers
-from common import ENVS, RESULTS, ROOT, SCRIPTS, credits, graph_gpo, rollouts, table, treerl
+from common import ENVS, RESULTS, ROOT, SCRIPTS, credits, graph_gpo, rollouts, table, tree_grpo, treerl
 
 MATHS = {"prompts": 16, "max_tokens": 600, "lr": 2e-6, "warmup": 3, "at_once": 256, "eval_every": 5}
 QUESTIONS = {"prompts": 48, "turn_tokens": 64, "lr": 3e-6, "warmup": 3, "at_once": 256, "eval_every": 5, "kl_coef": 0.0}
@@ -65,14 +65,19 @@ SHAPES = ((1, 2, 1, 2), (2, 2, 1, 2), (6, 2, 1, 2))  # of EPTree: M, N, L, T
 SKETCH = 2**20
 
 
-def described(options, item: str) -> dict:
-    """What a result has to name."""
+def add(options, event: str, **row) -> None:
+    """A row of the run."""
+    row = {"item": options.item, "seed": options.seed, "event": event, **row}
+    common.write_rows(options.rows, [row], "a")
+    print({key: round(value, 7) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+
+
+def begin(options) -> None:
+    """The first row of a run, with what a result has to name."""
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, check=False, capture_output=True, text=True)
     cuda = torch.cuda.is_available()
-    return {
-        "item": item,
-        "event": "start",
+    told = {
         "command": " ".join(["python", "benchmarks/real_qwen.py", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads",
         "torch": torch.__version__,
@@ -81,11 +86,15 @@ def described(options, item: str) -> dict:
         "commit": options.commit or commit.stdout.strip(),
         "gpu_memory": options.gpu_memory,
     }
+    add(options, "start", **told)
 
 
-def add(options, row: dict) -> None:
-    common.write_rows(options.rows, [row], "a")
-    print({key: round(value, 7) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+def arguments_of(options, item: str, **more) -> list[str]:
+    """What the item's script is told."""
+    told = {**ITEMS[item][1], "model": options.model, "seed": options.seed, **more}
+    if options.data:
+        told["data"] = options.data
+    return [*common.flags(told), *options.more]
 
 
 # ------------------------------------------------------------------------------------------------------- training
@@ -93,12 +102,9 @@ class Enough(Exception):
     """The time or the tokens are spent."""
 
 
-def train(options, item: str) -> None:
-    name, told = ITEMS[item]
-    script = SCRIPTS[name]
-    arguments = common.flags({**told, "model": options.model, "seed": options.seed, "steps": 10**6})
-    if options.data:
-        arguments.append(f"--data={options.data}")
+def train(options) -> None:
+    script = SCRIPTS[ITEMS[options.item][0]]
+    arguments = arguments_of(options, options.item, steps=10**6)
     made = script.open_log
 
     def open_log(args, size: int):
@@ -109,10 +115,7 @@ def train(options, item: str) -> None:
             nonlocal last, tokens, evaluation
             log(event, step, row)
             now = time.monotonic()
-            add(
-                options,
-                {"item": item, "seed": options.seed, "event": event, "step": step, "elapsed": now - began, **row},
-            )
+            add(options, event, step=step, elapsed=now - began, **row)
             if event == "eval":
                 evaluation = now - last
             else:
@@ -128,15 +131,14 @@ def train(options, item: str) -> None:
         if step >= args.steps:
             raise Enough
 
-    script.parse_args(script.Args, [*arguments, *options.more])  # refuses what it does not know
-    add(options, {**described(options, item), "seed": options.seed})
+    script.parse_args(script.Args, arguments)  # refuses what it does not know
+    begin(options)
     parts = {"open_log": open_log, "save_checkpoint": save_checkpoint}
     with tempfile.TemporaryDirectory() as folder:
         if script is graph_gpo and options.imitate:
-            shown = imitated(options, Path(folder, "start"), [*arguments, *options.more])
-            arguments.append(f"--model={shown}")
+            arguments.append(f"--model={imitated(options, Path(folder, 'start'), arguments)}")
         try:
-            common.run_script(script, Path(folder, "run"), [*arguments, *options.more], **parts)
+            common.run_script(script, Path(folder, "run"), arguments, **parts)
         except Enough:
             pass
 
@@ -154,44 +156,27 @@ def imitated(options, folder: Path, arguments: list[str]) -> Path:
     graph_gpo.save_model(folder, model, tokenizer)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    row = {"item": options.item, "seed": options.seed, "event": "imitation", "step": options.imitate}
-    add(options, {**row, "seconds": time.monotonic() - began})
+    add(options, "imitation", step=options.imitate, seconds=time.monotonic() - began)
     return folder
 
 
 # --------------------------------------------------------------------------------------------------- without training
-def actor_of(options, item: str):
-    """The item's agent or solver with the untrained model, as it samples."""
-    name, told = ITEMS[item]
-    script = SCRIPTS[name]
-    given = common.flags({**told, "model": options.model, "seed": options.seed, "kl_coef": 0.0})
-    args, _ = script.parse_args(script.Args, [*given, *options.more])
-    if options.data:
-        args.data = str(options.data)
-    usual = {"treerl": "problems.py:Problems", "tree_grpo": "questions.py:Questions" if args.data else "facts.py:Facts"}
-    args.env = args.env or f"{ENVS}/{usual[name]}"
-    device = script.pick_device(args)
-    model, tokenizer = script.load_model(args.model, device)
-    policy, _ = script.policy_and_reference(args, model, "")
-    return script, model, common.ACTORS[script](policy, tokenizer, args, common.task_of(script, args))
-
-
 def search_item(options) -> None:
-    _, _, solver = actor_of(options, "treerl")
-    add(options, {**described(options, "search"), "seed": options.seed})
+    _, solver = common.pretrained(treerl, arguments_of(options, "treerl"))
+    begin(options)
     rng, began = random.Random(options.seed), time.monotonic()
     problems = [*solver.task.held_out, *solver.task.training][: options.problems]
     for number, part in enumerate(treerl.batches(problems, 32)):
         if time.monotonic() > began + 60 * options.minutes:
             break
-        row = {"item": "search", "seed": options.seed, "event": "part", "step": number, "problems": len(part)}
         roots, tokens = search.trees(solver, part, (search.CHAINS, 0, 0, 1), rng)
-        row |= {"chains": tokens, "right": [sum(r > 0.5 for r in rewards) for rewards in search.rewards_of(roots)]}
+        right = [sum(r > 0.5 for r in rewards) for rewards in search.rewards_of(roots)]
+        row = {"problems": len(part), "chains": tokens, "right": right}
         for shape in SHAPES:
             roots, tokens = search.trees(solver, part, shape, rng)
             passed = [int(max(rewards) > 0.5) for rewards in search.rewards_of(roots)]
             row[",".join(map(str, shape))] = {"tokens": tokens, "passed": passed}
-        add(options, {**row, "elapsed": time.monotonic() - began})
+        add(options, "part", step=number, **row, elapsed=time.monotonic() - began)
 
 
 def sketch(gradient: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
@@ -201,50 +186,39 @@ def sketch(gradient: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 
 def alignment(options) -> None:
-    script, model, agent = actor_of(options, "tree_grpo")
-    add(options, {**described(options, "alignment"), "seed": options.seed})
+    model, agent = common.pretrained(tree_grpo, arguments_of(options, "tree_grpo"))
+    begin(options)
     usual, began, kept = agent.args, time.monotonic(), {}
     generator = torch.Generator(model.device).manual_seed(0)
     count = sum(parameter.numel() for parameter in model.parameters())
     signs = torch.randint(0, 2, (count,), generator=generator, device=model.device, dtype=torch.int8) * 2 - 1
 
-    def gradient(groups: list) -> torch.Tensor:
-        """In micro-batches, as update does."""
-        model.train().zero_grad()  # in eval() nothing is recomputed with --grad-checkpointing
-        for part in script.micro_batches(groups, usual.micro_tokens):
-            packed = script.Packed(part, model.device)
-            with torch.autocast(model.device.type, torch.bfloat16, enabled=usual.dtype == "bfloat16"):
-                logps = script.packed_logps(model, packed)
-            packed.old_logps = logps.detach()
-            script.batch_loss(packed, logps, script.Args(kl_coef=0.0))[0].backward()
-        return sketch(torch.cat([p.grad.flatten() for p in model.parameters()]), signs)
-
     arms = {"chains": {"M": 4, "N": 0, "method": "grpo"}, "trees": {}, "reference": {"M": 12, "N": 0, "method": "grpo"}}
     for batch in range(options.batches):
         if time.monotonic() > began + 60 * options.minutes:
             break
-        row = {"item": "alignment", "seed": options.seed, "event": "batch", "step": batch}
+        row = {}
         for arm, changes in arms.items():
             agent.args = dataclasses.replace(usual, **changes)
-            found, counts = rollouts(script, agent, batch)
+            found, counts = rollouts(tree_grpo, agent, batch)
             costs = {name: counts[name] for name in ("generated_tokens", "forwarded_tokens")}
-            leaves = [leaf.reward for _, root in found for leaf in root.leaves()]
-            terms = ("both", "intra", "inter") if arm == "trees" else ("",)
-            for term in terms:
-                args = dataclasses.replace(agent.args, advantage=term or "both")
-                groups = (
-                    gradients.leave_one_out(script, found)
-                    if arm == "reference"
-                    else credits(script, found, args, batch)
-                )
-                named = f"trees, {term}" if term else arm
-                kept.setdefault(named, []).append(gradient(groups))
-                row[named] = {**costs, "reward": statistics.mean(leaves), "signal": common.signal(groups)}
+            costs["reward"] = statistics.mean(leaf.reward for _, root in found for leaf in root.leaves())
+            if arm == "reference":
+                of = {arm: gradients.leave_one_out(tree_grpo, found)}
+            elif arm == "chains":
+                of = {arm: credits(tree_grpo, found, agent.args, batch)}
+            else:
+                terms = [dataclasses.replace(agent.args, advantage=term) for term in ("both", "intra", "inter")]
+                of = {f"trees, {args.advantage}": credits(tree_grpo, found, args, batch) for args in terms}
+            for name, groups in of.items():
+                whole = gradients.gradient(tree_grpo, model, groups, usual.micro_tokens)
+                kept.setdefault(name, []).append(sketch(whole, signs))
+                row[name] = {**costs, "signal": common.signal(groups)}
         names = [*kept]
         stacked = torch.stack([torch.stack(kept[name]) for name in names])  # (arms, batches, SKETCH)
         # Of each arm's gradients so far with those of this batch: (arms, batches, arms).
         row["inner"] = (stacked @ stacked[:, -1].T).tolist()
-        add(options, {**row, "names": names, "elapsed": time.monotonic() - began})
+        add(options, "batch", step=batch, **row, names=names, elapsed=time.monotonic() - began)
 
 
 # --------------------------------------------------------------------------------------------------------- reports
@@ -417,7 +391,7 @@ def main() -> None:
         whole = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(options.gpu_memory * 1e9 / whole)
     if options.item in ITEMS:
-        train(options, options.item)
+        train(options)
     else:
         others[options.item](options)
 

@@ -25,7 +25,6 @@ that an experiment with as many models and their spread finds, at the 5 % level,
 that of Student's t over models, corrected by Holm for the number of comparisons in the table.
 """
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -79,13 +78,8 @@ def rewards_of(roots: list) -> list[list[float]]:
 def explore(arguments: list[str]) -> dict[str, float]:
     """Pass rate (some leaf is right) and accuracy (share of right leaves) of the search, on --eval-prompts problems of
     --data or --env. `arguments` are those of treerl.py."""
-    args, _ = treerl.parse_args(treerl.Args, arguments)
-    device = treerl.pick_device(args)
-    args.max_tokens = args.max_tokens or 8192
-    args.env = args.env or f"{common.ENVS}/problems.py:Problems"
-    model, tokenizer = treerl.load_model(args.model, device)
-    policy, _ = treerl.policy_and_reference(dataclasses.replace(args, kl_coef=0.0), model, "")
-    solver = treerl.Solver(policy, tokenizer, args, common.task_of(treerl, args))
+    _, solver = common.pretrained(treerl, arguments)
+    args = solver.args
     problems = [*solver.task.held_out, *solver.task.training][: args.eval_prompts]  # in random order
     shape = args.M, 0 if args.method == "chainrl" else args.N, args.L, args.T
     roots, tokens = trees(solver, problems, shape, random.Random(args.seed))

@@ -37,7 +37,7 @@ SMALL = ["--prompts=2", "--turn-tokens=4", "--eval-prompts=2", "--eval-every=0",
 
 def test_a_run_ends_after_its_tokens_and_leaves_its_curve(tmp_path, model):
     told = options(tmp_path, item="grpo", tokens=1, more=SMALL)
-    real_qwen.train(told, "grpo")
+    real_qwen.train(told)
     rows = common.read_rows(told.rows)
     assert [row["event"] for row in rows] == ["start", "eval", "train", "eval"]
     assert rows[0]["item"] == "grpo" and rows[0]["commit"] == "c" and rows[0]["torch"] == torch.__version__
@@ -50,14 +50,14 @@ def test_a_run_ends_after_its_tokens_and_leaves_its_curve(tmp_path, model):
 
 def test_a_run_ends_in_time(tmp_path, model):
     told = options(tmp_path, item="tree_grpo", minutes=0.0, more=SMALL)
-    real_qwen.train(told, "tree_grpo")
+    real_qwen.train(told)
     assert [row["event"] for row in common.read_rows(told.rows)] == ["start", "eval", "train", "eval"]
 
 
 def test_the_house_begins_with_imitation(tmp_path, model):
     more = ["--tasks=1", "--K=2", "--max-steps=2", "--max-tokens=2", "--eval-tasks=1"]
     told = options(tmp_path, item="graph_gpo", minutes=0.0, more=more)
-    real_qwen.train(told, "graph_gpo")
+    real_qwen.train(told)
     events = [row["event"] for row in common.read_rows(told.rows)]
     assert events == ["start", "imitation", "eval", "train", "eval"]
 
@@ -67,7 +67,7 @@ def test_search_and_its_table(tmp_path, model, monkeypatch):
     data = tmp_path / "data.jsonl"
     lines = [f'{{"question": "How much is {i} + 1?", "answer": "#### {i + 1}"}}' for i in range(10)]
     data.write_text("\n".join(lines))
-    told = options(tmp_path, data=data, more=["--max-tokens=3"])
+    told = options(tmp_path, item="search", data=data, more=["--max-tokens=3"])
     real_qwen.search_item(told)
     start, part = common.read_rows(told.rows)
     assert start["event"] == "start" and part["problems"] == 2 and len(part["right"]) == 2
@@ -80,7 +80,7 @@ def test_search_and_its_table(tmp_path, model, monkeypatch):
 
 
 def test_alignment_and_its_table(tmp_path, model):
-    told = options(tmp_path, more=SMALL)
+    told = options(tmp_path, item="alignment", more=SMALL)
     real_qwen.alignment(told)
     start, *batches = common.read_rows(told.rows)
     assert [row["step"] for row in batches] == [0, 1, 2]
@@ -147,7 +147,7 @@ def test_what_is_not_known_is_refused(arguments, monkeypatch):
 
 def test_a_typo_leaves_no_row(tmp_path, model):
     with pytest.raises(tree_grpo.BadInput, match="--prompt="):
-        real_qwen.train(options(tmp_path, more=["--prompt=2"]), "grpo")
+        real_qwen.train(options(tmp_path, item="grpo", more=["--prompt=2"]))
     assert not (tmp_path / "rows.jsonl").exists()
 
 
